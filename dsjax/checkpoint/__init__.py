@@ -1,0 +1,1 @@
+"""Hugging Face and Orbax checkpoints, both directions."""

@@ -1,0 +1,1 @@
+"""Generation: prefill, compiled decode loop, sampling."""

@@ -1,0 +1,1 @@
+"""The model, read top to bottom like the paper's equations."""

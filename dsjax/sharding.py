@@ -1,0 +1,121 @@
+"""Where every array lives: one frozen record of PartitionSpecs, and the mesh they refer to.
+
+The mesh always has the four axes (data, fsdp, expert, tensor), all of Explicit type, so that a mistake in a layout fails
+while tracing. One device is the mesh of ones: there is no second code path.
+
+A weight rests cut along `fsdp` (and, outside the experts, along `expert` too), so that all devices share its bytes. It
+is gathered when a layer uses it (`dsjax.nn.weights.use`). The other axes stay: `tensor` cuts heads, feed-forward widths
+and the vocabulary, `expert` cuts the experts. Activations are cut along their batch only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsjax.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+REST = ("fsdp", "expert")  # axes that hold a weight at rest; gathered at its use
+BATCH = ("data", "fsdp", "expert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """PartitionSpecs of weights (by their attribute's letters) and of activations.
+
+    Letters: V vocabulary, D model, N heads, K key-value heads, G query heads of one of them, H head size, Q query
+    latent, L latent, C latent + rotary key, E experts, F feed-forward width, B batch, T length.
+    """
+
+    embedding_VD: P = P(REST, "tensor")
+    head_VD: P = P("tensor", REST)
+    norm: P = P()
+    q_KGHD: P = P("tensor", None, None, REST)
+    kv_KHD: P = P("tensor", None, REST)
+    o_DKGH: P = P(REST, "tensor", None, None)
+    q_bias_KGH: P = P("tensor", None, REST)
+    kv_bias_KH: P = P("tensor", REST)
+    q_NHD: P = P("tensor", None, REST)
+    q_down_QD: P = P(None, REST)
+    q_up_NHQ: P = P("tensor", None, REST)
+    kv_down_CD: P = P(None, REST)
+    kv_up_NHL: P = P("tensor", None, REST)
+    o_DNH: P = P(REST, "tensor", None)
+    in_FD: P = P("tensor", REST)
+    out_DF: P = P(REST, "tensor")
+    router_ED: P = P(None, REST)
+    router_bias_E: P = P(REST)
+    expert_in_EFD: P = P("expert", "tensor", "fsdp")
+    expert_out_EDF: P = P("expert", "fsdp", "tensor")
+    mtp_DM: P = P(REST, None)
+    tokens_BT: P = P(BATCH, None)
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    fsdp: int = 1,
+    expert: int = 1,
+    tensor: int = 1,
+    devices: list[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of data * fsdp * expert * tensor devices; by default the mesh of ones on the first device.
+
+    Raises UserError when there are fewer devices than the product of the axes.
+    """
+    shape = (data, fsdp, expert, tensor)
+    devices = jax.devices() if devices is None else devices
+    need = math.prod(shape)
+    if need > len(devices):
+        raise UserError(
+            f"mesh {dict(zip(AXES, shape))} needs {need} devices, {len(devices)} are here"
+        )
+    return jax.make_mesh(
+        shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:need]
+    )
+
+
+def parse_mesh(text: str) -> Mesh:
+    """A mesh from "fsdp=2,expert=4" (any subset of the axes; an empty text is the mesh of ones)."""
+    sizes = {}
+    for item in filter(None, text.split(",")):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not size.isdigit() or int(size) < 1:
+            raise UserError(
+                f"mesh item {item!r}: write AXIS=SIZE with AXIS one of {', '.join(AXES)}"
+            )
+        sizes[axis] = int(size)
+    return make_mesh(**sizes)
+
+
+def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """`spec` without the axes that do not divide their dimension, last axes first.
+
+    A spec shorter than the shape is one of a single layer: the stacked layers in front of it are never cut.
+    """
+    spec = (
+        (None,) * (len(shape) - len(spec)) + tuple(spec)
+        if len(spec)
+        else (None,) * len(shape)
+    )
+    fitted = []
+    for size, entry in zip(shape, spec, strict=True):
+        axes = (
+            ()
+            if entry is None
+            else (entry,)
+            if isinstance(entry, str)
+            else tuple(entry)
+        )
+        while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[:-1]
+        fitted.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return P(*fitted)
+
+
+def named(spec: P, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array of `shape` whose single-layer spec is `spec`."""
+    return NamedSharding(mesh, fit(spec, shape, mesh))

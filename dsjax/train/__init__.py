@@ -1,0 +1,1 @@
+"""Loss, optimizer and the training step."""

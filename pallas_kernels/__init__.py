@@ -1,0 +1,1 @@
+"""Kernels: one face per operation, each with a plain-JAX reference."""
