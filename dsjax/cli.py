@@ -146,8 +146,9 @@ def _inspect(args: argparse.Namespace) -> None:
     """Count a model's parameters, cache bytes and FLOPs a token, from its configuration alone."""
     from dsjax import count
 
-    counted = count.count(count.find(args.model), context=args.context)
-    print(json.dumps(counted.as_dict()) if args.json else count.table(counted))
+    config = count.find(args.model)
+    counted = count.count(config, context=args.context)
+    print(json.dumps(counted.as_dict()) if args.json else count.table(config, counted))
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
