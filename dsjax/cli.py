@@ -79,14 +79,12 @@ def _stay_on_cpu_without_accelerator() -> None:
 
 def parser() -> Parser:
     """The command line: one subparser a command, each with its function as `run`."""
-    from importlib.metadata import version
-
     top = Parser(
         prog="dsjax",
         description="The DeepSeek family of models as one Transformer in JAX.",
         example="dsjax quickstart",
     )
-    top.add_argument("--version", action="version", version=version("dsjax"))
+    top.add_argument("--version", action="version", version=_version())
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_quickstart,
@@ -98,6 +96,15 @@ def parser() -> Parser:
     ):
         add(commands)
     return top
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dsjax")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
 
 
 def _command(
