@@ -13,6 +13,7 @@ TEST = [
     "jupytext",
     "nbclient",
     "nbformat",
+    "packaging",
     "psutil",
     "pytest",
     "pytest-xdist",
