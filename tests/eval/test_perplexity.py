@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -42,7 +43,7 @@ def evaluate(model, texts, **options):
 
 def log_probabilities(model, ids: list[int]) -> np.ndarray:
     """log p of each token after the first, in float64 from the model's logits."""
-    logits = np.asarray(model(np.array([ids[:-1]])), np.float64)[0]
+    logits = np.asarray(model(jnp.array([ids[:-1]])), np.float64)[0]
     logits -= logits.max(axis=-1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return logits[np.arange(len(ids) - 1), ids[1:]]
