@@ -5,6 +5,7 @@ size, and each slab goes to its devices before it is forgotten.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh
 from jax.sharding import Sharding as Placement
 from jax.typing import DTypeLike
@@ -30,7 +32,12 @@ from dsjax.checkpoint.streaming import (
     split,
     workers,
 )
-from dsjax.checkpoint.work import fingerprint, partial_directory
+from dsjax.checkpoint.work import (
+    check_absent,
+    fingerprint,
+    partial_directory,
+    partial_path,
+)
 from dsjax.config import ModelConfig
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
@@ -219,15 +226,19 @@ def save(model: Transformer, path: PathLike) -> None:
     Every host calls it; each writes its shards. Raises UserError when `path` exists.
     """
     out = epath.Path(path)
+    check_absent(out)
     arrays = {name: variable.get_value() for name, variable in flat(model).items()}
-    digest = fingerprint("save", str(model.config))
-    with partial_directory(out, digest) as work:
+    first = jax.process_index() == 0
+    work = partial_directory(out, fingerprint("save", str(model.config)))
+    with work if first else nullcontext(partial_path(out)) as work:
+        sync_global_devices("dsjax: the directory is there")
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(
-                (work / PARAMS).resolve(), orbax.nested(arrays), force=True
-            )
-        dtype = arrays["embedding_VD"].dtype.name
-        description = config_json.Description(config=model.config, dtype=dtype)
-        config_json.write(work, description)
-        if model.tokenizer is not None:
-            model.tokenizer.save(work)
+            tree = orbax.nested(arrays)
+            checkpointer.save((work / PARAMS).resolve(), tree, force=True)
+        if first:
+            dtype = arrays["embedding_VD"].dtype.name
+            description = config_json.Description(config=model.config, dtype=dtype)
+            config_json.write(work, description)
+            if model.tokenizer is not None:
+                model.tokenizer.save(work)
+    sync_global_devices("dsjax: the checkpoint is whole")

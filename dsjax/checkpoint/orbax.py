@@ -113,18 +113,18 @@ def finish(work: epath.Path, paths: list[str]) -> None:
     """Adds Orbax's metadata to `work`/params: until then nothing can restore it.
 
     Orbax itself writes it, for a tree of the same names with one number in each place;
-    shapes are not part of it.
+    shapes are not part of it, how the arrays are stored is.
     """
-    skeleton = work / "skeleton"
-    if skeleton.exists():
-        skeleton.rmtree()
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
-    with ocp.Checkpointer(handler) as checkpointer:
+    skeleton, params = work / "skeleton", work / PARAMS
+    with ocp.StandardCheckpointer() as checkpointer:
         tree = nested({path: np.zeros(1, np.float32) for path in paths})
-        checkpointer.save(skeleton, tree)
-    for file in skeleton.iterdir():
-        if not file.is_dir():
-            file.copy(work / PARAMS / file.name, overwrite=True)
+        checkpointer.save(skeleton.resolve(), tree, force=True)
+    metadata = json.loads((skeleton / "_METADATA").read_text())
+    metadata |= {"use_ocdbt": False, "use_zarr3": True}
+    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+        if (skeleton / name).exists():
+            (skeleton / name).copy(params / name, overwrite=True)
+    (params / "_METADATA").write_text(json.dumps(metadata))
     skeleton.rmtree()
 
 

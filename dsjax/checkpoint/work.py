@@ -52,6 +52,11 @@ def check_space(out: epath.Path, needed: int) -> None:
         )
 
 
+def partial_path(out: epath.Path) -> epath.Path:
+    """OUT.partial."""
+    return out.parent / (out.name + SUFFIX)
+
+
 @contextmanager
 def partial_directory(out: epath.Path, digest: str) -> Iterator[epath.Path]:
     """Yields OUT.partial, new or to be resumed, and renames it when the body is done.
@@ -60,7 +65,7 @@ def partial_directory(out: epath.Path, digest: str) -> Iterator[epath.Path]:
     disk fills. After any error OUT.partial stays, for the next try to go on from.
     """
     check_absent(out)
-    partial = out.parent / (out.name + SUFFIX)
+    partial = partial_path(out)
     record = partial / RECORD
     with _full_disk_is_the_users(partial):
         if partial.exists() and any(partial.iterdir()):
@@ -72,8 +77,8 @@ def partial_directory(out: epath.Path, digest: str) -> Iterator[epath.Path]:
             partial.mkdir(parents=True, exist_ok=True)
             record.write_text(digest)
         yield partial
-        record.unlink()
     partial.rename(out)
+    (out / RECORD).unlink()
 
 
 @contextmanager
