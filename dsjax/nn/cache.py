@@ -1,0 +1,160 @@
+"""What attention remembers: the key-value cache, and what a layer knows of the batch.
+
+Letters: B batch, T new tokens, S cache slots, K kv heads, H head size, C any channels.
+A segment's caches are stacked over its layers in front (Y); a layer writes its slice in
+place, so that one buffer lives through a whole decode loop.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import Gqa, Mla, ModelConfig
+from dsjax.nn.weights import batch_axes
+from dsjax.sharding import BATCH, fit
+
+
+class Phase(enum.Enum):
+    """Which keys a layer's queries see, and what becomes of the new keys."""
+
+    FULL = "full"  # the tokens at hand; nothing is kept
+    PREFILL = "prefill"  # the tokens at hand, kept from slot 0 on
+    DECODE = "decode"  # everything kept, the new tokens included
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every layer knows of the tokens at hand, besides their activations.
+
+    Positions turn queries and keys; while decoding they are also the cache slots.
+    Tokens see only their own segment (document); None is one segment a row.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"] | None = None
+    phase: Phase = field(metadata={"static": True}, default=Phase.FULL)
+
+    def mask(self) -> Bool[Array, "B T T"]:
+        """Which of the tokens at hand each of them sees: itself and earlier ones."""
+        length = self.positions_BT.shape[1]
+        mask = jnp.tril(jnp.ones((1, length, length), bool))
+        if self.segments_BT is not None:
+            mask &= self.segments_BT[:, :, None] == self.segments_BT[:, None, :]
+        return mask
+
+    def cache_mask(self, slots: int) -> Bool[Array, "B T S"]:
+        """Which cache slots each token at hand sees: its own and earlier ones."""
+        return jnp.arange(slots) <= self.positions_BT[:, :, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class LatentCache:
+    """MLA's cache: the normed latent and the rotated shared key, nothing per head.
+
+    Two arrays, since one of 512 + 64 channels would be padded to 640 on a TPU.
+    """
+
+    latent_YBSC: Float[Array, "Y B S C"]
+    rope_YBSC: Float[Array, "Y B S C"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KeyValueCache:
+    """The cache of grouped-query attention, keys already rotated."""
+
+    k_YBSKH: Float[Array, "Y B S K H"]
+    v_YBSKH: Float[Array, "Y B S K H"]
+
+
+LayerCache = LatentCache | KeyValueCache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """One stacked cache a segment, and how many slots each row has filled."""
+
+    segments: tuple[LayerCache, ...]
+    lengths_B: Int[Array, " B"]
+
+    @property
+    def slots(self) -> int:
+        """Tokens that fit into a row."""
+        return jax.tree.leaves(self.segments)[0].shape[2]
+
+
+def empty_cache(
+    config: ModelConfig, *, batch: int, slots: int, dtype: DTypeLike, mesh: Mesh
+) -> Cache:
+    """An empty cache on the mesh: rows cut like the batch, kv heads along `tensor`."""
+
+    def zeros(shape: tuple[int, ...], spec: P, dtype=dtype) -> Array:
+        placed = NamedSharding(mesh, fit(spec, shape, mesh))
+        return jnp.zeros(shape, dtype, out_sharding=placed)
+
+    def of_segment(layers: int) -> LayerCache:
+        rows = (layers, batch, slots)
+        match config.attention:
+            case Mla(kv_rank=latent, rope_dim=rope):
+                spec = P(None, BATCH, None, None)
+                return LatentCache(
+                    latent_YBSC=zeros((*rows, latent), spec),
+                    rope_YBSC=zeros((*rows, rope), spec),
+                )
+            case Gqa(num_kv_heads=heads, head_dim=size):
+                spec = P(None, BATCH, None, "tensor", None)
+                shape = (*rows, heads, size)
+                return KeyValueCache(
+                    k_YBSKH=zeros(shape, spec), v_YBSKH=zeros(shape, spec)
+                )
+
+    return Cache(
+        segments=tuple(of_segment(segment.count) for segment in config.segments),
+        lengths_B=zeros((batch,), P(BATCH), jnp.int32),
+    )
+
+
+def write(
+    cache: Float[Array, "Y B S ..."],
+    new: Float[Array, "B T ..."],
+    layer: Int[Array, ""],
+    context: Context,
+) -> Float[Array, "Y B S ..."]:
+    """`cache` with the new tokens' entries of one layer, at their slots.
+
+    Slots past the end are dropped. Runs on each device's rows alone, so that no
+    collective and no copy can come of it.
+    """
+
+    def local(cache, new, layer, slots_BT):
+        new = new.astype(cache.dtype)
+        if context.phase is Phase.PREFILL:  # every row starts at slot 0
+            start = (layer,) + (0,) * (cache.ndim - 1)
+            return jax.lax.dynamic_update_slice(cache, new[None], start)
+        rows = jnp.arange(new.shape[0])[:, None]
+        return cache.at[layer, rows, slots_BT].set(new, mode="drop")
+
+    cache_spec, new_spec = (
+        jax.typeof(cache).sharding.spec,
+        jax.typeof(new).sharding.spec,
+    )
+    positions = context.positions_BT
+    return jax.shard_map(
+        local,
+        in_specs=(cache_spec, new_spec, P(), P(batch_axes(positions), None)),
+        out_specs=cache_spec,
+    )(cache, new, layer, positions)
+
+
+def read(cache: Float[Array, "Y ..."], layer: Int[Array, ""]) -> Float[Array, "..."]:
+    """One layer of a stacked cache."""
+    return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)

@@ -1,0 +1,92 @@
+"""Grouped-query attention, multi-head included (LLM, MoE and the R1 distills).
+
+Letters: B batch, T length, S cache slots, D model, K kv heads, G query heads of one kv
+head, H head size.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import Gqa
+from dsjax.nn import cache as kv
+from dsjax.nn.attention import attend
+from dsjax.nn.rope import rotate
+from dsjax.nn.weights import batch_axes, filled, use, weight
+from dsjax.sharding import Sharding
+
+
+class GroupedQueryAttention(nnx.Module):
+    """Rotary attention in which G query heads share one key-value head."""
+
+    def __init__(
+        self,
+        config: Gqa,
+        d_model: int,
+        *,
+        std: float,
+        sharding: Sharding,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype = config, dtype
+        D, K, H = d_model, config.num_kv_heads, config.head_dim
+        G = config.num_heads // K
+        make = {"std": std, "dtype": param_dtype}
+        self.q_KGHD = weight(rngs, (K, G, H, D), spec=sharding.q_KGHD, **make)
+        self.k_KHD = weight(rngs, (K, H, D), spec=sharding.kv_KHD, **make)
+        self.v_KHD = weight(rngs, (K, H, D), spec=sharding.kv_KHD, **make)
+        self.o_DKGH = weight(rngs, (D, K, G, H), spec=sharding.o_DKGH, **make)
+        if config.qkv_bias:
+            spec, dtype = sharding.kv_bias_KH, param_dtype
+            self.q_bias_KGH = filled(
+                (K, G, H), 0.0, spec=sharding.q_bias_KGH, dtype=dtype
+            )
+            self.k_bias_KH = filled((K, H), 0.0, spec=spec, dtype=dtype)
+            self.v_bias_KH = filled((K, H), 0.0, spec=spec, dtype=dtype)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: kv.Context,
+        cache: kv.KeyValueCache | None = None,
+        layer: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], kv.KeyValueCache | None]:
+        """The layer's contribution to the residual stream, and the cache it wrote."""
+        q, k, v = self._project(x_BTD, context)
+        if cache is not None:
+            cache = replace(
+                cache,
+                k_YBSKH=kv.write(cache.k_YBSKH, k, layer, context),
+                v_YBSKH=kv.write(cache.v_YBSKH, v, layer, context),
+            )
+        if context.phase is kv.Phase.DECODE:
+            k = kv.read(cache.k_YBSKH, layer).astype(self.dtype)
+            v = kv.read(cache.v_YBSKH, layer).astype(self.dtype)
+            mask = context.cache_mask(k.shape[1])
+        else:
+            mask = context.mask()
+        out_BTKGH = attend(q, k, v, mask, self.config.head_dim**-0.5)
+        y_BTD = jnp.einsum(
+            "BTKGH,DKGH->BTD",
+            out_BTKGH,
+            use(self.o_DKGH, self.dtype),
+            out_sharding=P(batch_axes(x_BTD), None, None),
+        )
+        return y_BTD, cache
+
+    def _project(self, x_BTD, context):
+        q = jnp.einsum("BTD,KGHD->BTKGH", x_BTD, use(self.q_KGHD, self.dtype))
+        k = jnp.einsum("BTD,KHD->BTKH", x_BTD, use(self.k_KHD, self.dtype))
+        v = jnp.einsum("BTD,KHD->BTKH", x_BTD, use(self.v_KHD, self.dtype))
+        if self.config.qkv_bias:
+            q += use(self.q_bias_KGH, self.dtype)
+            k += use(self.k_bias_KH, self.dtype)
+            v += use(self.v_bias_KH, self.dtype)
+        rope, positions = self.config.rope, context.positions_BT
+        return rotate(q, positions, rope), rotate(k, positions, rope), v

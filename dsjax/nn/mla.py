@@ -1,0 +1,161 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1), plain and absorbed.
+
+Letters: B batch, T length, S cache slots, D model, N heads, H the head part at hand, Q
+query latent, L latent, R rotary part, C latent + rotary part.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import Mla, Yarn
+from dsjax.nn import cache as kv
+from dsjax.nn.attention import attend, masked_softmax
+from dsjax.nn.norm import RmsNorm
+from dsjax.nn.rope import rotate
+from dsjax.nn.weights import batch_axes, use, weight
+from dsjax.sharding import Sharding
+
+
+class MultiHeadLatentAttention(nnx.Module):
+    """Keys and values of all heads come from one latent vector a token.
+
+    `expanded` builds them (training, prefill); `absorbed` never does: the up-projections
+    move to the query and the output, and attention runs on the cached latents (decode).
+    """
+
+    def __init__(
+        self,
+        config: Mla,
+        d_model: int,
+        *,
+        std: float,
+        sharding: Sharding,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.dtype = config, dtype
+        D, N, L, Q = d_model, config.num_heads, config.kv_rank, config.q_rank
+        make = {"std": std, "dtype": param_dtype}
+        norm = {"sharding": sharding, "param_dtype": param_dtype}
+        if Q is None:
+            shape = (N, config.query_dim, D)
+            self.q_NHD = weight(rngs, shape, spec=sharding.q_NHD, **make)
+        else:
+            self.q_down_QD = weight(rngs, (Q, D), spec=sharding.q_down_QD, **make)
+            self.q_norm = RmsNorm(Q, **norm)
+            shape = (N, config.query_dim, Q)
+            self.q_up_NHQ = weight(rngs, shape, spec=sharding.q_up_NHQ, **make)
+        shape = (L + config.rope_dim, D)
+        self.kv_down_CD = weight(rngs, shape, spec=sharding.kv_down_CD, **make)
+        self.kv_norm = RmsNorm(L, **norm)
+        shape = (N, config.nope_dim + config.value_dim, L)
+        self.kv_up_NHL = weight(rngs, shape, spec=sharding.kv_up_NHL, **make)
+        shape = (D, N, config.value_dim)
+        self.o_DNH = weight(rngs, shape, spec=sharding.o_DNH, **make)
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(query size), times YaRN's mscale squared; the same when absorbed."""
+        scaling = self.config.rope.scaling
+        mscale = scaling.softmax_scale if isinstance(scaling, Yarn) else 1.0
+        return self.config.query_dim**-0.5 * mscale
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: kv.Context,
+        cache: kv.LatentCache | None = None,
+        layer: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "B T D"], kv.LatentCache | None]:
+        """The layer's contribution to the residual stream, and the cache it wrote."""
+        q_BTNH, q_BTNR = self.queries(x_BTD, context)
+        c_BTL, k_BTR = self.latents(x_BTD, context)
+        if cache is not None:
+            cache = replace(
+                cache,
+                latent_YBSC=kv.write(cache.latent_YBSC, c_BTL, layer, context),
+                rope_YBSC=kv.write(cache.rope_YBSC, k_BTR, layer, context),
+            )
+        if context.phase is kv.Phase.DECODE:
+            c_BSL = kv.read(cache.latent_YBSC, layer).astype(self.dtype)
+            k_BSR = kv.read(cache.rope_YBSC, layer).astype(self.dtype)
+            mask = context.cache_mask(c_BSL.shape[1])
+            out_BTNH = self.absorbed(q_BTNH, q_BTNR, c_BSL, k_BSR, mask)
+        else:
+            out_BTNH = self.expanded(q_BTNH, q_BTNR, c_BTL, k_BTR, context.mask())
+        y_BTD = jnp.einsum(
+            "BTNH,DNH->BTD",
+            out_BTNH,
+            use(self.o_DNH, self.dtype),
+            out_sharding=P(batch_axes(x_BTD), None, None),
+        )
+        return y_BTD, cache
+
+    def queries(
+        self, x_BTD: Float[Array, "B T D"], context: kv.Context
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
+        """Each head's query: the part without position, and the rotated part."""
+        if self.config.q_rank is None:
+            q = jnp.einsum("BTD,NHD->BTNH", x_BTD, use(self.q_NHD, self.dtype))
+        else:
+            down_QD = use(self.q_down_QD, self.dtype)
+            c_BTQ = self.q_norm(jnp.einsum("BTD,QD->BTQ", x_BTD, down_QD))
+            q = jnp.einsum("BTQ,NHQ->BTNH", c_BTQ, use(self.q_up_NHQ, self.dtype))
+        nope, rope = jnp.split(q, [self.config.nope_dim], axis=-1)
+        return nope, rotate(rope, context.positions_BT, self.config.rope)
+
+    def latents(
+        self, x_BTD: Float[Array, "B T D"], context: kv.Context
+    ) -> tuple[Float[Array, "B T L"], Float[Array, "B T R"]]:
+        """What is cached: the normed latent and the rotated key all heads share."""
+        down_CD = use(self.kv_down_CD, self.dtype)
+        c_BTC = jnp.einsum("BTD,CD->BTC", x_BTD, down_CD)
+        latent, rope = jnp.split(c_BTC, [self.config.kv_rank], axis=-1)
+        positions = context.positions_BT
+        return self.kv_norm(latent), rotate(rope, positions, self.config.rope)
+
+    def expanded(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        q_BTNR: Float[Array, "B T N R"],
+        c_BSL: Float[Array, "B S L"],
+        k_BSR: Float[Array, "B S R"],
+        mask_BTS: Bool[Array, "#B T S"],
+    ) -> Float[Array, "B T N U"]:
+        """Attention on every head's own keys and values, built from the latents."""
+        kv_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, use(self.kv_up_NHL, self.dtype))
+        k_BSNH, v_BSNH = jnp.split(kv_BSNH, [self.config.nope_dim], axis=-1)
+        k_BSNR = jnp.broadcast_to(
+            k_BSR[:, :, None],
+            (*k_BSNH.shape[:3], k_BSR.shape[-1]),
+            out_sharding=jax.typeof(k_BSNH).sharding,
+        )
+        q = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)[:, :, :, None]
+        k = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
+        return attend(q, k, v_BSNH, mask_BTS, self.scale)[:, :, :, 0]
+
+    def absorbed(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        q_BTNR: Float[Array, "B T N R"],
+        c_BSL: Float[Array, "B S L"],
+        k_BSR: Float[Array, "B S R"],
+        mask_BTS: Bool[Array, "#B T S"],
+    ) -> Float[Array, "B T N U"]:
+        """The same attention on the latents themselves: nothing per head and slot."""
+        up_NHL = use(self.kv_up_NHL, self.dtype)
+        k_up_NHL, v_up_NHL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
+        q_BTNL = jnp.einsum("BTNH,NHL->BTNL", q_BTNH, k_up_NHL)
+        f32 = {"preferred_element_type": jnp.float32}
+        scores = jnp.einsum("BTNL,BSL->BNTS", q_BTNL, c_BSL, **f32)
+        scores += jnp.einsum("BTNR,BSR->BNTS", q_BTNR, k_BSR, **f32)
+        weights = masked_softmax(scores * self.scale, mask_BTS[:, None])
+        mix_BTNL = jnp.einsum("BNTS,BSL->BTNL", weights.astype(c_BSL.dtype), c_BSL)
+        return jnp.einsum("BTNL,NHL->BTNH", mix_BTNL, v_up_NHL)

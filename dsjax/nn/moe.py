@@ -1,0 +1,151 @@
+"""The mixture of experts: shared experts for all tokens, routed ones for some.
+
+Every token's k rows are sorted by expert and multiplied by grouped products, so the cost
+follows the chosen rows; no token is ever dropped.
+
+Letters: B batch, T length, D model, E experts, F expert width, k chosen experts, M rows
+(one for each token and choice).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dsjax.config import Moe
+from dsjax.nn.feed_forward import SwiGlu
+from dsjax.nn.router import Router, Routing
+from dsjax.nn.weights import batch_axes, use, weight
+from dsjax.sharding import Sharding
+from pallas_kernels.grouped_matmul.api import grouped_matmul
+
+
+class MixtureOfExperts(nnx.Module):
+    """h = sum of shared experts + sum of the chosen routed ones (2401.06066, eq. 9)."""
+
+    def __init__(
+        self,
+        config: Moe,
+        d_model: int,
+        *,
+        std: float,
+        sharding: Sharding,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        make = {
+            "std": std,
+            "sharding": sharding,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        self.config = config
+        self.router = Router(config, d_model, **make)
+        self.experts = Experts(config, d_model, dtype=dtype, **make)
+        if config.num_shared:
+            width = config.num_shared * config.width
+            self.shared = SwiGlu(d_model, width, dtype=dtype, **make)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The layer's contribution to the residual stream, and where tokens went."""
+        routing = self.router(x_BTD)
+        y_BTD = self.experts(x_BTD, routing)
+        if self.config.num_shared:
+            y_BTD += self.shared(x_BTD)
+        return y_BTD, routing
+
+
+class Experts(nnx.Module):
+    """The routed experts, cut along `expert` (whole experts), `tensor` and `fsdp`."""
+
+    def __init__(
+        self,
+        config: Moe,
+        d_model: int,
+        *,
+        std: float,
+        sharding: Sharding,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        E, F, D = config.num_experts, config.width, d_model
+        make = {"std": std, "dtype": param_dtype}
+        self.gate_EFD = weight(rngs, (E, F, D), spec=sharding.expert_in_EFD, **make)
+        self.up_EFD = weight(rngs, (E, F, D), spec=sharding.expert_in_EFD, **make)
+        self.down_EDF = weight(rngs, (E, D, F), spec=sharding.expert_out_EDF, **make)
+
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], routing: Routing
+    ) -> Float[Array, "B T D"]:
+        """Each token's weighted sum over its chosen experts.
+
+        Each device multiplies the rows that its own experts were chosen for: tokens are
+        gathered along the expert axis, and the partial sums are scattered back.
+        """
+        weights = [
+            use(w, self.dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
+        ]
+        in_EFD, _, out_EDF = (jax.typeof(w).sharding.spec for w in weights)
+        batch = batch_axes(x_BTD)
+        axes = (batch,) if isinstance(batch, str) else batch or ()
+        split_experts = "expert" in _axes(in_EFD)
+        gather = split_experts and "expert" in axes
+        rows_BT = P(batch, None, None)
+
+        def local(x, indices, affinities, gate, up, down):
+            if gather:
+                x, indices, affinities = (
+                    jax.lax.all_gather(a, "expert", tiled=True)
+                    for a in (x, indices, affinities)
+                )
+            if split_experts:
+                indices = indices - jax.lax.axis_index("expert") * gate.shape[0]
+            y = _apply_experts(x, indices, affinities, gate, up, down)
+            if "tensor" in _axes(in_EFD):
+                y = jax.lax.psum(y, "tensor")
+            if gather:
+                y = jax.lax.psum_scatter(y, "expert", tiled=True)
+            elif split_experts:
+                y = jax.lax.psum(y, "expert")
+            return y.astype(x.dtype)
+
+        return jax.shard_map(
+            local,
+            in_specs=(rows_BT, rows_BT, rows_BT, in_EFD, in_EFD, out_EDF),
+            out_specs=rows_BT,
+            check_vma=False,
+        )(x_BTD, routing.indices_BTk, routing.weights_BTk, *weights)
+
+
+def _axes(spec: P) -> set[str]:
+    """All mesh axes a spec names."""
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    return set().union(*entries)
+
+
+def _apply_experts(x_BTD, indices_BTk, affinities_BTk, gate_EFD, up_EFD, down_EDF):
+    """The weighted sum over those of each token's experts that are here, in float32.
+
+    `indices` outside 0..E-1 name experts of other devices: their rows sort to the end,
+    lie past the group sizes and give zero.
+    """
+    B, T, D = x_BTD.shape
+    E, k = gate_EFD.shape[0], indices_BTk.shape[-1]
+    expert_M = indices_BTk.reshape(-1)
+    expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
+    order_M = jnp.argsort(expert_M, stable=True)
+    sizes_E = jnp.bincount(expert_M, length=E + 1)[:E].astype(jnp.int32)
+    rows_MD = x_BTD.reshape(-1, D)[order_M // k]
+    gate_MF = grouped_matmul(rows_MD, gate_EFD, sizes_E)
+    up_MF = grouped_matmul(rows_MD, up_EFD, sizes_E)
+    out_MD = grouped_matmul(jax.nn.silu(gate_MF) * up_MF, down_EDF, sizes_E)
+    back_M = jnp.argsort(order_M)  # from sorted rows back to token order
+    out = out_MD[back_M].reshape(B, T, k, D).astype(jnp.float32)
+    return (out * affinities_BTk[..., None]).sum(axis=2)

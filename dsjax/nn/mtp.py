@@ -1,0 +1,69 @@
+"""Multi-token prediction: V3's extra module for the token after the next (V3, 2.2)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from dsjax.config import ModelConfig
+from dsjax.nn import cache as kv
+from dsjax.nn.block import Block
+from dsjax.nn.norm import RmsNorm
+from dsjax.nn.router import Routing
+from dsjax.nn.weights import batch_axes, use, weight
+from dsjax.sharding import Sharding
+
+
+class MultiTokenPrediction(nnx.Module):
+    """Merges a token's hidden state with the next token's embedding, then one layer.
+
+    The embedding and the head are the main model's. In the checkpoints the merged
+    vector is [embedding, hidden], the reverse of the paper's equation 21.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        sharding: Sharding,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        D = config.d_model
+        norm = {"sharding": sharding, "param_dtype": param_dtype}
+        self.embedding_norm = RmsNorm(D, eps=config.norm_eps, **norm)
+        self.hidden_norm = RmsNorm(D, eps=config.norm_eps, **norm)
+        self.merge_DM = weight(
+            rngs,
+            (D, 2 * D),
+            spec=sharding.mtp_DM,
+            std=config.init_std,
+            dtype=param_dtype,
+        )
+        feed_forward = config.segments[-1].feed_forward
+        self.block = Block(config, feed_forward, dtype=dtype, rngs=rngs, **norm)
+        self.final_norm = RmsNorm(D, eps=config.norm_eps, **norm)
+
+    def __call__(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        next_BTD: Float[Array, "B T D"],
+        context: kv.Context,
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """What the head turns into logits of the token two ahead, and the routing.
+
+        `hidden` is the main model's state after its final norm, `next` the embedding of
+        each position's next token.
+        """
+        parts = [self.embedding_norm(next_BTD), self.hidden_norm(hidden_BTD)]
+        x_BTD = jnp.einsum(
+            "BTM,DM->BTD",
+            jnp.concatenate(parts, axis=-1),
+            use(self.merge_DM, self.dtype),
+            out_sharding=P(batch_axes(hidden_BTD), None, None),
+        )
+        x_BTD, _, routing = self.block(x_BTD, context)
+        return self.final_norm(x_BTD), routing

@@ -1,0 +1,108 @@
+"""Which experts a token goes to, and with what weight: all three generations.
+
+MoE: softmax, the top k, weights as they are (2401.06066, section 3). V2: the same within
+the best groups, rated by their best expert, weights scaled (2405.04434, section 2.2.2).
+V3: sigmoid affinities; a bias and groups rated by their two best experts decide the
+choice, the weights are the unbiased affinities over their sum (2412.19437, 2.1.2).
+
+Letters: B batch, T length, D model, E experts, k chosen experts. Everything is float32.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import Groups, GroupScore, Moe, Score
+from dsjax.nn.weights import RouterBias, use, weight
+from dsjax.sharding import Sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """The router's decision, and what balance losses and the bias update need of it.
+
+    load: how often each expert was chosen, a row. probability: each expert's affinity
+    as a share of the token's sum, averaged over the row (P_i of V3's equation 19).
+    """
+
+    indices_BTk: Int[Array, "*L B T k"]
+    weights_BTk: Float[Array, "*L B T k"]
+    load_BE: Float[Array, "*L B E"]
+    probability_BE: Float[Array, "*L B E"]
+
+
+class Router(nnx.Module):
+    """Scores every expert for every token and chooses top_k of them."""
+
+    def __init__(
+        self,
+        config: Moe,
+        d_model: int,
+        *,
+        std: float,
+        sharding: Sharding,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        shape = (config.num_experts, d_model)
+        self.weight_ED = weight(
+            rngs, shape, spec=sharding.router_ED, std=std, dtype=param_dtype
+        )
+        if config.selection_bias:
+            zeros = jnp.zeros((config.num_experts,), jnp.float32)
+            self.bias_E = RouterBias(zeros, spec=sharding.router_bias_E)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
+        """The routing of every token."""
+        weight_ED, x32 = use(self.weight_ED, jnp.float32), x_BTD.astype(jnp.float32)
+        logits_BTE = jnp.einsum("BTD,ED->BTE", x32, weight_ED, precision="highest")
+        match self.config.score:
+            case Score.SOFTMAX:
+                scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+            case Score.SIGMOID:
+                scores_BTE = jax.nn.sigmoid(logits_BTE)
+        bias_E = use(self.bias_E, jnp.float32) if self.config.selection_bias else None
+        return route(scores_BTE, bias_E, self.config)
+
+
+def route(
+    scores_BTE: Float[Array, "B T E"], bias_E: Float[Array, " E"] | None, config: Moe
+) -> Routing:
+    """Chooses experts by biased, group-limited scores; weighs them by the raw ones."""
+    choice = jax.lax.stop_gradient(
+        scores_BTE if bias_E is None else scores_BTE + bias_E
+    )
+    if config.groups is not None:
+        choice = _limit_to_groups(choice, config.groups)
+    indices_BTk = jax.lax.top_k(choice, config.top_k)[1]
+    chosen_BTkE = jax.nn.one_hot(indices_BTk, config.num_experts, dtype=jnp.float32)
+    weights_BTk = (scores_BTE[:, :, None] * chosen_BTkE).sum(axis=-1)
+    if config.renormalize:
+        weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + 1e-20
+    share = scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)
+    return Routing(
+        indices_BTk=indices_BTk,
+        weights_BTk=weights_BTk * config.scale,
+        load_BE=chosen_BTkE.sum(axis=(1, 2)),
+        probability_BE=share.mean(axis=1),
+    )
+
+
+def _limit_to_groups(choice_BTE: Array, groups: Groups) -> Array:
+    """-inf outside the kept groups: with a bias, zero could win over a kept expert."""
+    grouped = choice_BTE.reshape(*choice_BTE.shape[:2], groups.count, -1)
+    match groups.score:
+        case GroupScore.MAX:
+            rating = grouped.max(axis=-1)
+        case GroupScore.TOP2_SUM:
+            rating = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    kept = jax.lax.top_k(rating, groups.kept)[1]
+    keep = jax.nn.one_hot(kept, groups.count, dtype=bool).any(axis=-2)
+    limited = jnp.where(keep[..., None], grouped, -jnp.inf)
+    return limited.reshape(choice_BTE.shape)

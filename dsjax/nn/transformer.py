@@ -1,0 +1,249 @@
+"""The one model of the family: embedding, segments of equal layers, norm, head.
+
+Letters: B batch, T length, D model, V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, reshard
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import ModelConfig, Segment
+from dsjax.nn import cache as kv
+from dsjax.nn.block import Block
+from dsjax.nn.mtp import MultiTokenPrediction
+from dsjax.nn.norm import RmsNorm
+from dsjax.nn.router import Routing
+from dsjax.nn.weights import batch_axes, flat, shardings, use, weight
+from dsjax.sharding import Sharding, fit, make_mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What the layers leave behind.
+
+    `hidden_BTD` is the residual stream before the final norm; `routing` has one entry
+    a segment, stacked over its layers, None where the segment is dense.
+    """
+
+    hidden_BTD: Float[Array, "B T D"]
+    routing: tuple[Routing | None, ...]
+    cache: kv.Cache | None
+
+
+class Transformer(nnx.Module):
+    """A decoder of any published architecture.
+
+    `dtype` is what activations are computed in, `param_dtype` what weights are kept in.
+    Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        mesh: Mesh | None = None,
+        sharding: Sharding | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.mesh = make_mesh() if mesh is None else mesh
+        self.sharding = sharding = Sharding() if sharding is None else sharding
+        self.tokenizer = None
+        V, D, std = config.vocab_size, config.d_model, config.init_std
+        make = {"sharding": sharding, "param_dtype": param_dtype}
+        self.embedding_VD = weight(
+            rngs, (V, D), spec=sharding.embedding_VD, std=std, dtype=param_dtype
+        )
+        make_block = {**make, "dtype": self.dtype}
+        self.segments = nnx.List(
+            _stack(config, segment, rngs, **make_block) for segment in config.segments
+        )
+        self.final_norm = RmsNorm(D, eps=config.norm_eps, **make)
+        if not config.tied_embeddings:
+            self.head_VD = weight(
+                rngs, (V, D), spec=sharding.head_VD, std=std, dtype=param_dtype
+            )
+        if config.mtp:
+            self.mtp = MultiTokenPrediction(config, rngs=rngs, **make_block)
+
+    @classmethod
+    def create(cls, config: ModelConfig, *, seed: int = 0, **options) -> "Transformer":
+        """A freshly initialised model, each weight made where it rests on the mesh."""
+        abstract = cls.abstract(config, **options)
+        graph, state = nnx.split(abstract)
+        places = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+        def initialise() -> nnx.State:
+            return nnx.state(cls(config, rngs=nnx.Rngs(seed), **options))
+
+        return nnx.merge(graph, jax.jit(initialise, out_shardings=places)())
+
+    @classmethod
+    def abstract(cls, config: ModelConfig, **options) -> "Transformer":
+        """The model without memory: ShapeDtypeStructs that carry their sharding."""
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
+        places = shardings(model, model.mesh)
+        for path, variable in flat(model).items():
+            shape = jax.ShapeDtypeStruct(
+                variable.shape, variable.dtype, sharding=places[path]
+            )
+            variable.set_value(shape)
+        return model
+
+    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Float32 logits of the next token at every position; compiled once a shape."""
+        graph, state = nnx.split(self)
+        with jax.set_mesh(self.mesh):
+            return _compiled_logits(graph, state, jnp.asarray(tokens_BT))
+
+    def forward(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        positions_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
+    ) -> Output:
+        """All layers over whole sequences; documents in `segments` do not mix."""
+        tokens_BT = self.place(tokens_BT)
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])
+        context = kv.Context(
+            positions_BT=self._like(tokens_BT, positions_BT),
+            segments_BT=None if segments_BT is None else self.place(segments_BT),
+        )
+        return self._layers(tokens_BT, context, None)
+
+    def prefill(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        lengths_B: Int[Array, " B"],
+        cache: kv.Cache,
+    ) -> Output:
+        """Reads prompts, padded on the right to T, into an empty cache."""
+        tokens_BT = self.place(tokens_BT)
+        positions_BT = self._like(tokens_BT, jnp.arange(tokens_BT.shape[1]))
+        context = kv.Context(positions_BT=positions_BT, phase=kv.Phase.PREFILL)
+        output = self._layers(tokens_BT, context, cache)
+        lengths_B = reshard(lengths_B, P(batch_axes(tokens_BT)))
+        return replace(output, cache=replace(output.cache, lengths_B=lengths_B))
+
+    def decode(self, tokens_BT: Int[Array, "B T"], cache: kv.Cache) -> Output:
+        """Appends T tokens to every row of the cache; sees all that is kept before."""
+        tokens_BT = self.place(tokens_BT)
+        length = tokens_BT.shape[1]
+        positions_BT = cache.lengths_B[:, None] + jnp.arange(length)
+        context = kv.Context(positions_BT=positions_BT, phase=kv.Phase.DECODE)
+        output = self._layers(tokens_BT, context, cache)
+        lengths_B = cache.lengths_B + length
+        return replace(output, cache=replace(output.cache, lengths_B=lengths_B))
+
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Final norm and head, float32."""
+        return self._head(self.final_norm(hidden_BTD))
+
+    def predict_further(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        next_BT: Int[Array, "B T"],
+        *,
+        segments_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Routing | None]:
+        """MTP's state after its own norm, and its routing; `next` follows each token."""
+        next_BT = self.place(next_BT)
+        positions_BT = self._like(next_BT, jnp.arange(next_BT.shape[1]))
+        context = kv.Context(positions_BT=positions_BT, segments_BT=segments_BT)
+        return self.mtp(self.final_norm(hidden_BTD), self.embed(next_BT), context)
+
+    def mtp_logits(
+        self, hidden_BTD: Float[Array, "B T D"], next_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of the token after `next`, by the MTP module."""
+        return self._head(self.predict_further(hidden_BTD, next_BT)[0])
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Embeddings in the compute dtype."""
+        table_VD = use(self.embedding_VD, self.dtype)
+        batch = batch_axes(tokens_BT)
+        cut = P(batch, None, jax.typeof(table_VD).sharding.spec[1])
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=cut)
+        return reshard(x_BTD, P(batch, None, None))
+
+    def place(self, rows_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Rows cut over the mesh's batch axes, as far as their number allows."""
+        return reshard(rows_BT, fit(self.sharding.tokens_BT, rows_BT.shape, self.mesh))
+
+    def _like(self, tokens_BT: Array, positions: Array) -> Array:
+        return self.place(jnp.broadcast_to(positions, tokens_BT.shape))
+
+    def _head(self, normed_BTD: Array) -> Array:
+        if self.config.tied_embeddings:
+            head_VD = reshard(use(self.embedding_VD, self.dtype), P("tensor", None))
+        else:
+            head_VD = use(self.head_VD, self.dtype)
+        return jnp.einsum(
+            "BTD,VD->BTV", normed_BTD, head_VD, preferred_element_type=jnp.float32
+        )
+
+    def _layers(
+        self, tokens_BT: Array, context: kv.Context, cache: kv.Cache | None
+    ) -> Output:
+        x_BTD = self.embed(tokens_BT)
+        caches = [None] * len(self.segments) if cache is None else list(cache.segments)
+        routings = []
+        for number, segment in enumerate(self.segments):
+            x_BTD, caches[number], routing = _scan(
+                segment, x_BTD, context, caches[number]
+            )
+            routings.append(routing)
+        if cache is not None:
+            cache = replace(cache, segments=tuple(caches))
+        return Output(hidden_BTD=x_BTD, routing=tuple(routings), cache=cache)
+
+
+def _stack(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, **options) -> Block:
+    """`segment.count` layers as one Block whose weights have a leading layer axis."""
+
+    @nnx.split_rngs(splits=segment.count)
+    @nnx.vmap
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(config, segment.feed_forward, rngs=rngs, **options)
+
+    return make(rngs)
+
+
+def _scan(
+    stack: Block, x_BTD: Array, context: kv.Context, cache: kv.LayerCache | None
+) -> tuple[Array, kv.LayerCache | None, Routing | None]:
+    """Runs a stack's layers one after the other, as one compiled loop body.
+
+    The cache is carried, not scanned over, so that layers write into one buffer.
+    """
+    graph, state = nnx.split(stack)
+    count = jax.tree.leaves(state)[0].shape[0]
+
+    def layer(carry, inputs):
+        x_BTD, cache = carry
+        weights, index = inputs
+        block = nnx.merge(graph, weights)
+        x_BTD, cache, routing = block(x_BTD, context, cache, index)
+        return (x_BTD, cache), routing
+
+    (x_BTD, cache), routing = jax.lax.scan(
+        layer, (x_BTD, cache), (state, jnp.arange(count))
+    )
+    return x_BTD, cache, routing
+
+
+@jax.jit(static_argnums=0)
+def _compiled_logits(graph: nnx.GraphDef, state: nnx.State, tokens_BT: Array) -> Array:
+    model = nnx.merge(graph, state)
+    return model.logits(model.forward(tokens_BT).hidden_BTD)

@@ -1,0 +1,32 @@
+"""Eight simulated CPU devices, the meshes tests share, and checked array shapes."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated shape of the model and the kernels is checked while the tests run.
+install_import_hook(["dsjax.nn", "pallas_kernels"], "beartype.beartype")
+
+from dsjax.sharding import make_mesh  # noqa: E402
+
+
+@pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    """The mesh of ones, entered."""
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Random numbers that are the same in every run."""
+    return np.random.default_rng(0)
