@@ -193,7 +193,7 @@ def _export(args: argparse.Namespace) -> None:
     """Export an Orbax checkpoint as a Hugging Face one. Whatever reads safetensors reads it."""
     from dsjax import checkpoint
 
-    checkpoint.export(args.orbax_dir, args.out)
+    checkpoint.export(args.orbax_dir, args.out, dtype=args.dtype)
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -202,6 +202,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "orbax_dir", metavar="ORBAX_DIR", help="what convert or save wrote"
     )
     command.add_argument("out", metavar="OUT", help="a directory that does not exist")
+    _add_dtype(command, "of the weights written (default: as they are)")
 
 
 # --- generate, eval

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from etils import epath
 
-from dsjax import checkpoint, models
+from dsjax import models
 from dsjax.config import Dense, Gqa, Mla, ModelConfig, Moe, Segment
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
@@ -65,11 +65,22 @@ def find(target: str) -> ModelConfig:
 
     A directory comes before a name. Raises UserError when `target` is neither.
     """
-    if epath.Path(target).is_dir():
-        return checkpoint.read_config(target)
+    directory = epath.Path(target)
+    if directory.is_dir():
+        return _read(directory)
     if "/" in target:
         raise UserError(f"{target}: no such directory")
     return models.get(target)
+
+
+def _read(directory: epath.Path) -> ModelConfig:
+    # Imported here: a name needs neither Orbax nor the second that it takes to import.
+    from dsjax.checkpoint import config_json, hf_config
+
+    values = config_json.read_json(directory / "config.json")
+    if config_json.is_ours(values):
+        return config_json.parse(values).config
+    return hf_config.read(values, name=directory.name)
 
 
 def count(config: ModelConfig, *, context: int | None = None) -> Count:

@@ -6,9 +6,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import nnx
 
 from dsjax import models
+from dsjax.checkpoint import config_json
+from dsjax.checkpoint.config_json import Description
 from dsjax.cli import main
 from dsjax.count import count, find, table
 from dsjax.errors import UserError
@@ -150,6 +153,65 @@ def test_context_changes_attention_alone():
     short, long = count(models.v3(), context=1000), count(models.v3(), context=2000)
     assert long.attention_flops == 2 * short.attention_flops
     assert long.matmul_flops == short.matmul_flops
+
+
+V2_LITE = {  # as published, less what says nothing about the architecture
+    "model_type": "deepseek_v2",
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+
+
+def test_a_published_directory_needs_no_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(V2_LITE))
+    found = find(str(tmp_path))
+    assert dataclasses.replace(found, name="v2_lite") == models.v2_lite()
+
+
+def test_a_directory_of_ours(tmp_path):
+    description = Description(config=models.tiny_v3(), dtype="float32")
+    config_json.write(epath.Path(tmp_path), description)
+    assert find(str(tmp_path)) == models.tiny_v3()
+
+
+def test_a_directory_without_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        find(str(tmp_path))
 
 
 @pytest.mark.parametrize("target", ["nothing/here", "v4"])
