@@ -277,9 +277,10 @@ def _eval(args: argparse.Namespace) -> None:
     """Measure a model on text files. Prints nats and bits a byte, and perplexity a token."""
     from dsjax.eval import perplexity
 
+    texts = perplexity.read(args.data)  # a wrong path shows before a model is loaded
     result = perplexity.evaluate(
         _load(args),
-        perplexity.read(args.data),
+        texts,
         length=args.length,
         stride=args.stride,
         batch=args.batch,
