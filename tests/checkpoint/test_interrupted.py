@@ -69,7 +69,7 @@ def test_convert(tmp_path, monkeypatch):
     assert 0 < resumed <= len(written) - resumed - 30
     export(out, tmp_path / "back", progress=False)
     assert_same(read(tmp_path / "back"), read(source))
-    assert not list(out.glob("**/*lock*"))
+    assert not list(out.glob("**/*.__lock"))
     assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "at_once"))
 
 
