@@ -17,7 +17,7 @@ from tests.reference import checkpoints, files, golden, routing
 from tests.reference.cases import CASES
 from tests.reference.checkpoints import Case
 from tests.reference.mutations import MUTATIONS, Mutation
-from tests.reference.observe import largest, observe
+from tests.reference.observe import largest, logits, observe
 
 TOLERANCE = 1e-4
 WITH_EXPERTS = [name for name, case in CASES.items() if case.moe_layers]
@@ -59,12 +59,12 @@ def load(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_logits(name, load):
     loaded = load(name)
-    logits = np.asarray(loaded.model(loaded.tokens))
-    assert logits.dtype == np.float32
-    assert logits.shape == (*loaded.tokens.shape, loaded.case.config["vocab_size"])
+    found = logits(loaded.model, loaded.tokens)
+    assert found.dtype == np.float32
+    assert found.shape == (*loaded.tokens.shape, loaded.case.config["vocab_size"])
     at = loaded.golden["positions"]
-    assert largest(logits[:, at] - loaded.golden["logits"]) <= TOLERANCE
-    assert 0.5 < logits.std() < 2
+    assert largest(found[:, at] - loaded.golden["logits"]) <= TOLERANCE
+    assert 0.5 < found.std() < 2
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
@@ -88,7 +88,8 @@ def test_converted_checkpoint_gives_the_same_bits(name, load, tmp_path):
     loaded = load(name)
     dsjax.checkpoint.convert(loaded.directory, tmp_path / "orbax")
     again = dsjax.load(tmp_path / "orbax", dtype="float32")
-    np.testing.assert_array_equal(again(loaded.tokens), loaded.model(loaded.tokens))
+    before, after = (logits(model, loaded.tokens) for model in (loaded.model, again))
+    np.testing.assert_array_equal(after, before)
 
 
 # --- Mistakes show: dsjax on checkpoints edited to act like one. Through torch,
@@ -115,7 +116,7 @@ def test_mistake_moves_the_logits(shown, tmp_path):
         difference = observe(model, tokens).mtp_logits[:, at] - recorded["mtp_logits"]
     else:
         at = recorded["positions"]
-        difference = np.asarray(model(tokens))[:, at] - recorded["logits"]
+        difference = logits(model, tokens)[:, at] - recorded["logits"]
     assert largest(difference) > 1000 * TOLERANCE
 
 
@@ -155,11 +156,11 @@ def test_every_expert_and_so_every_group_is_used(name):
 def test_choices_tell_routing_mistakes_apart(name):
     """Routing in numpy repeats the recorded choices; each possible mistake does not."""
     case = CASES[name]
-    for logits, indices, bias in golden.routers(case, golden.load(name)):
-        chosen = routing.choose(logits, case.config, bias)
+    for seen, indices, bias in golden.routers(case, golden.load(name)):
+        chosen = routing.choose(seen, case.config, bias)
         np.testing.assert_array_equal(chosen, indices)
         for mistake in possible_mistakes(case):
-            wrong = routing.choose(logits, case.config, bias, mistake)
+            wrong = routing.choose(seen, case.config, bias, mistake)
             assert (wrong != indices).any(-1).sum() >= 5, mistake
 
 

@@ -11,6 +11,11 @@ from flax import nnx
 from dsjax.nn.transformer import Transformer
 
 
+def logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] for int32 tokens [B, T]."""
+    return np.asarray(model(jnp.asarray(tokens)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Observed:
     """Of a model with experts, and None where it has no MTP module.
@@ -28,7 +33,8 @@ def observe(model: Transformer, tokens: np.ndarray) -> Observed:
     """Chosen experts and MTP's answers for int32 tokens [B, T]."""
     graph, state = nnx.split(model)
     with jax.set_mesh(model.mesh):
-        indices, mtp_logits, mtp_indices = jax.device_get(_run(graph, state, tokens))
+        found = _run(graph, state, jnp.asarray(tokens))
+    indices, mtp_logits, mtp_indices = jax.device_get(found)
     return Observed(
         indices=np.sort(indices, axis=-1),
         mtp_logits=mtp_logits,
