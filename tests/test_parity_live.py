@@ -23,7 +23,7 @@ from tests.reference.mutations import MUTATIONS  # noqa: E402
 from tests.reference.observe import largest, logits, observe  # noqa: E402
 
 TOLERANCE = 1e-4
-WITH_MTP = [name for name, case in CASES.items() if case.num_mtp]
+WITH_EXPERTS = [name for name, case in CASES.items() if case.moe_layers]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,6 +98,19 @@ def test_checkpoint_as_transformers_writes_it(name, answers, tmp_path):
     assert not model.config.mtp
     tokens = checkpoints.tokens(CASES[name])
     assert largest(logits(model, tokens) - main.logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen2_tied", *WITH_EXPERTS])
+def test_exported_checkpoint_means_the_same_to_torch(name, answers, tmp_path):
+    """Published -> Orbax -> published again: transformers sees no difference."""
+    directory, _, main, mtp = answers(name)
+    dsjax.checkpoint.convert(directory, tmp_path / "orbax", dtype="float32")
+    dsjax.checkpoint.export(tmp_path / "orbax", tmp_path / "exported")
+    tokens = checkpoints.tokens(CASES[name])
+    _, main_again, mtp_again = run(tmp_path / "exported", tokens)
+    np.testing.assert_array_equal(main_again.logits, main.logits)
+    if mtp is not None:
+        np.testing.assert_array_equal(mtp_again.logits, mtp.logits)
 
 
 # --- The references themselves

@@ -68,7 +68,7 @@ def _swiglu(model: int, width: int) -> LlamaMLP:
 
 def load(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> nn.Module:
     """The model of a `deepseek` checkpoint: its config.json and its float32 tensors."""
-    llama = LlamaConfig(**{name: config[name] for name in FIELDS})
+    llama = LlamaConfig(**{name: config.get(name) for name in FIELDS})
     llama._attn_implementation = "eager"
     model = LlamaForCausalLM(llama).float()
     for layer in model.model.layers[config["first_k_dense_replace"] :]:
