@@ -163,12 +163,14 @@ def losses(model: Transformer, batch: Mapping[str, Array]) -> Terms:
     }
     mtp = jnp.zeros(())
     if model.config.mtp:
-        logits_BTV, routing = model.mtp_logits(
+        further_BTD, routing = model.predict_further(
             output.hidden_BTD, next_BT, segments_BT=segments_BT
         )
         if routing is not None:  # one layer: give it the stacked ones' leading axis
             routings["mtp.block"] = jax.tree.map(lambda leaf: leaf[None], routing)
-        mtp = loss.mtp_loss(logits_BTV, loss.mtp_targets(tokens_BS), mtp_mask_BT)
+        mtp = loss.mtp_loss(
+            model.head(further_BTD), loss.mtp_targets(tokens_BS), mtp_mask_BT
+        )
     return Terms(
         loss=loss.next_token_loss(
             model.logits(output.hidden_BTD), next_BT, next_mask_BT
