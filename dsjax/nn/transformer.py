@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, reshard
 from jax.sharding import PartitionSpec as P
@@ -21,6 +22,8 @@ from dsjax.nn.norm import RmsNorm
 from dsjax.nn.router import Routing
 from dsjax.nn.weights import batch_axes, flat, shardings, use, weight
 from dsjax.sharding import Sharding, fit, make_mesh
+
+Given = Array | np.ndarray  # what callers may hand in
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +102,7 @@ class Transformer(nnx.Module):
             variable.set_value(shape)
         return model
 
-    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens_BT: Int[Given, "B T"]) -> Float[Array, "B T V"]:
         """Float32 logits of the next token at every position; compiled once a shape."""
         graph, state = nnx.split(self)
         with jax.set_mesh(self.mesh):
@@ -107,10 +110,10 @@ class Transformer(nnx.Module):
 
     def forward(
         self,
-        tokens_BT: Int[Array, "B T"],
+        tokens_BT: Int[Given, "B T"],
         *,
-        positions_BT: Int[Array, "B T"] | None = None,
-        segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Given, "B T"] | None = None,
+        segments_BT: Int[Given, "B T"] | None = None,
     ) -> Output:
         """All layers over whole sequences; documents in `segments` do not mix."""
         tokens_BT = self.place(tokens_BT)
@@ -124,8 +127,8 @@ class Transformer(nnx.Module):
 
     def prefill(
         self,
-        tokens_BT: Int[Array, "B T"],
-        lengths_B: Int[Array, " B"],
+        tokens_BT: Int[Given, "B T"],
+        lengths_B: Int[Given, " B"],
         cache: kv.Cache,
     ) -> Output:
         """Reads prompts, padded on the right to T, into an empty cache."""
@@ -136,7 +139,7 @@ class Transformer(nnx.Module):
         lengths_B = reshard(lengths_B, P(batch_axes(tokens_BT)))
         return replace(output, cache=replace(output.cache, lengths_B=lengths_B))
 
-    def decode(self, tokens_BT: Int[Array, "B T"], cache: kv.Cache) -> Output:
+    def decode(self, tokens_BT: Int[Given, "B T"], cache: kv.Cache) -> Output:
         """Appends T tokens to every row of the cache; sees all that is kept before."""
         tokens_BT = self.place(tokens_BT)
         length = tokens_BT.shape[1]
@@ -153,9 +156,9 @@ class Transformer(nnx.Module):
     def predict_further(
         self,
         hidden_BTD: Float[Array, "B T D"],
-        next_BT: Int[Array, "B T"],
+        next_BT: Int[Given, "B T"],
         *,
-        segments_BT: Int[Array, "B T"] | None = None,
+        segments_BT: Int[Given, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """MTP's state after its own norm, and its routing; `next` follows each token."""
         next_BT = self.place(next_BT)
@@ -164,12 +167,12 @@ class Transformer(nnx.Module):
         return self.mtp(self.final_norm(hidden_BTD), self.embed(next_BT), context)
 
     def mtp_logits(
-        self, hidden_BTD: Float[Array, "B T D"], next_BT: Int[Array, "B T"]
+        self, hidden_BTD: Float[Array, "B T D"], next_BT: Int[Given, "B T"]
     ) -> Float[Array, "B T V"]:
         """Float32 logits of the token after `next`, by the MTP module."""
         return self.head(self.predict_further(hidden_BTD, next_BT)[0])
 
-    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, tokens_BT: Int[Given, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
         table_VD = use(self.embedding_VD, self.dtype)
         batch = batch_axes(tokens_BT)
@@ -177,9 +180,11 @@ class Transformer(nnx.Module):
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=cut)
         return reshard(x_BTD, P(batch, None, None))
 
-    def place(self, rows_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    def place(self, rows_BT: Int[Given, "B T"]) -> Int[Array, "B T"]:
         """Rows cut over the mesh's batch axes, as far as their number allows."""
-        return reshard(rows_BT, fit(self.sharding.tokens_BT, rows_BT.shape, self.mesh))
+        return reshard(
+            jnp.asarray(rows_BT), fit(self.sharding.tokens_BT, rows_BT.shape, self.mesh)
+        )
 
     def _like(self, tokens_BT: Array, positions: Array) -> Array:
         return self.place(jnp.broadcast_to(positions, tokens_BT.shape))

@@ -107,4 +107,5 @@ def test_bad_shapes_are_named(x, w, sizes, message):
 
 def test_unknown_implementation_is_named(operands):
     with pytest.raises(ValueError, match="'cuda'"):
-        grouped_matmul(*operands, jnp.asarray([1, 2, 3, 4]), implementation="cuda")
+        x, w = map(jnp.asarray, operands)
+        grouped_matmul(x, w, jnp.asarray([1, 2, 3, 4]), implementation="cuda")
