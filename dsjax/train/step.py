@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from dsjax.nn.transformer import Transformer
-from dsjax.nn.weights import RouterBias, flat
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from dsjax.nn.transformer import Transformer
+from dsjax.nn.weights import RouterBias, flat
 from dsjax.train import balance, loss
 
 Weights = dict[str, Array]  # dotted path -> array
@@ -136,7 +136,7 @@ def make_step(
             biases=_balanced(state.biases, terms.loads, speed),
             moments=moments,
         )
-        return new, _metrics(terms, optax.global_norm(gradients))
+        return new, _metrics(terms, optax.tree.norm(gradients))
 
     def run(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(model.mesh):
