@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and head, float32."""
-        return self._head(self.final_norm(hidden_BTD))
+        return self.head(self.final_norm(hidden_BTD))
 
     def predict_further(
         self,
@@ -170,7 +170,7 @@ class Transformer(nnx.Module):
         self, hidden_BTD: Float[Array, "B T D"], next_BT: Int[Given, "B T"]
     ) -> Float[Array, "B T V"]:
         """Float32 logits of the token after `next`, by the MTP module."""
-        return self._head(self.predict_further(hidden_BTD, next_BT)[0])
+        return self.head(self.predict_further(hidden_BTD, next_BT)[0])
 
     def embed(self, tokens_BT: Int[Given, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
@@ -189,7 +189,8 @@ class Transformer(nnx.Module):
     def _like(self, tokens_BT: Array, positions: Array) -> Array:
         return self.place(jnp.broadcast_to(positions, tokens_BT.shape))
 
-    def _head(self, normed_BTD: Array) -> Array:
+    def head(self, normed_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 logits of a state that has its norm behind it."""
         if self.config.tied_embeddings:
             head_VD = reshard(use(self.embedding_VD, self.dtype), P("tensor", None))
         else:
