@@ -356,9 +356,9 @@ def shrink(
 ) -> ModelConfig:
     """The same architecture, small: at most 2 layers a segment, 4 heads, 16 experts of `width`.
 
-    Every kind of part that the original has is kept (latents, groups, bias, shared experts, MTP, rope scaling), all
-    sizes divide by 8 so that any mesh of 8 devices can share the weights, and the initial standard deviation follows
-    `small_init_std`.
+    Every kind of part that the original has is kept (latents, groups, bias, shared experts, MTP, rope scaling) and
+    `d_model`, the latents and all widths divide by 8, so that 8 devices can share the weights. The initial standard
+    deviation follows `small_init_std`.
     """
     match config.attention:
         case Gqa() as gqa:

@@ -1,0 +1,245 @@
+"""Either form of checkpoint straight onto the mesh; and a model back to disk.
+
+No host ever holds the model: each reads what its own devices keep, in slabs of bounded
+size, and each slab goes to its devices before it is forgotten.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental.multihost_utils import sync_global_devices
+from jax.sharding import Mesh
+from jax.sharding import Sharding as Placement
+from jax.typing import DTypeLike
+
+from dsjax.checkpoint import config_json, orbax
+from dsjax.checkpoint.convert import PathLike
+from dsjax.checkpoint.hf import HfSource, array_shapes
+from dsjax.checkpoint.orbax import PARAMS, OrbaxSource
+from dsjax.checkpoint.streaming import (
+    Region,
+    ordered,
+    progress_bar,
+    size,
+    split,
+    workers,
+)
+from dsjax.checkpoint.work import (
+    check_absent,
+    fingerprint,
+    partial_directory,
+    partial_path,
+)
+from dsjax.config import ModelConfig
+from dsjax.nn.transformer import Transformer
+from dsjax.nn.weights import flat
+from dsjax.sharding import Sharding
+
+SLAB_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """What a checkpoint is to `assemble`: `HfSource` and `OrbaxSource`."""
+
+    directory: epath.Path
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Stored dtypes by dotted path."""
+
+    def read(self, path: str, region: Region, dtype: np.dtype) -> np.ndarray:
+        """A region of an array."""
+
+
+def open_source(directory: epath.Path) -> Source:
+    """A checkpoint directory of either form. Raises UserError when it is neither."""
+    if config_json.is_ours(config_json.read_json(directory / "config.json")):
+        source = OrbaxSource.open(directory)
+        source.check(array_shapes(source.config))
+        return source
+    return HfSource.open(directory)
+
+
+def load(
+    path: PathLike,
+    *,
+    dtype: DTypeLike | None = "float32",
+    mesh: Mesh | None = None,
+    sharding: Sharding | None = None,
+    progress: bool = False,
+) -> Transformer:
+    """A Transformer from a Hugging Face or a dsjax directory, on the mesh.
+
+    dtype: of weights and computation; None is the dtype of the stored embedding.
+    mesh: by default the mesh of ones. Raises UserError for what `convert` refuses, too.
+    """
+    source = open_source(epath.Path(path))
+    dtype = source.dtypes["embedding_VD"] if dtype is None else dtype
+    model = Transformer.abstract(
+        source.config, mesh=mesh, sharding=sharding, dtype=dtype, param_dtype=dtype
+    )
+    variables = flat(model)
+    places = {path: variable.get_value() for path, variable in variables.items()}
+    for path, array in assemble(source, places, progress=progress):
+        variables[path].set_value(array)
+    return model
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """A region that one read brings, and the devices that keep parts of it.
+
+    parts: for each device, the part of the slab that it keeps and where its own shard
+    has it; whole: the slab is all that these devices keep of this array.
+    """
+
+    path: str
+    region: Region
+    dtype: np.dtype
+    parts: list[tuple[jax.Device, Region, tuple[int, ...]]]
+    whole: bool
+    last: bool
+
+
+def assemble(
+    source: Source,
+    places: dict[str, jax.ShapeDtypeStruct],
+    *,
+    slab_bytes: int = SLAB_BYTES,
+    progress: bool = False,
+) -> Iterator[tuple[str, jax.Array]]:
+    """Yields (path, array) for every ShapeDtypeStruct with a sharding in `places`."""
+    slabs = [
+        slab
+        for path, place in places.items()
+        for slab in _slabs(path, place, slab_bytes)
+    ]
+    total = sum(_nbytes(slab.region, slab.dtype) for slab in slabs)
+
+    def read(slab: _Slab) -> np.ndarray:
+        return source.read(slab.path, slab.region, slab.dtype)
+
+    buffers: dict[jax.Device, jax.Array] = {}
+    jobs = ordered(slabs, read, workers=workers(source.directory))
+    with progress_bar("load", total, show=progress) as bar:
+        for slab, values in jobs:
+            place = places[slab.path]
+            shard = place.sharding.shard_shape(place.shape)
+            for device, part, start in slab.parts:
+                piece = jax.device_put(values[part], device)
+                if not slab.whole:
+                    if device not in buffers:
+                        buffers[device] = jnp.zeros(shard, slab.dtype, device=device)
+                    piece = _place(buffers[device], piece, start)
+                buffers[device] = piece
+            bar.update(values.nbytes)
+            if slab.last:
+                yield slab.path, _join(place, buffers)
+                buffers = {}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, piece, start)
+
+
+def _join(
+    place: jax.ShapeDtypeStruct, buffers: dict[jax.Device, jax.Array]
+) -> jax.Array:
+    shards = list(buffers.values())
+    jax.block_until_ready(shards)
+    return jax.make_array_from_single_device_arrays(place.shape, place.sharding, shards)
+
+
+def _nbytes(region: Region, dtype: np.dtype) -> int:
+    return math.prod(size(region)) * dtype.itemsize
+
+
+def _slabs(path: str, place: jax.ShapeDtypeStruct, limit: int) -> Iterator[_Slab]:
+    """The reads that fill this host's shards of one array.
+
+    Devices whose shards span the same rows share their reads, even when each keeps
+    other columns: files hold whole rows.
+    """
+    shape, dtype = place.shape, np.dtype(place.dtype)
+    leading = max(1, len(shape) - 1)
+    groups: dict[tuple, list[tuple[jax.Device, Region]]] = {}
+    for device, region in _regions(place.sharding, shape).items():
+        rows = tuple((part.start, part.stop) for part in region[:leading])
+        groups.setdefault(rows, []).append((device, region))
+    slabs = []
+    for members in groups.values():
+        bounds = _bounds([region for _, region in members])
+        regions = list(split(bounds, leading, dtype.itemsize, limit))
+        for region in regions:
+            parts = [_part(region, device, kept) for device, kept in members]
+            slabs.append((region, parts, len(regions) == 1))
+    for number, (region, parts, whole) in enumerate(slabs, 1):
+        yield _Slab(path, region, dtype, parts, whole, number == len(slabs))
+
+
+def _regions(sharding: Placement, shape: tuple[int, ...]) -> dict[jax.Device, Region]:
+    return {
+        device: tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, shape))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+
+
+def _bounds(regions: list[Region]) -> Region:
+    """The smallest region that holds all of these."""
+    return tuple(
+        slice(min(part.start for part in parts), max(part.stop for part in parts))
+        for parts in zip(*regions)
+    )
+
+
+def _part(
+    slab: Region, device: jax.Device, kept: Region
+) -> tuple[jax.Device, Region, tuple[int, ...]]:
+    """What `device`, which keeps `kept`, takes of a slab, and where it puts it."""
+    inside = tuple(
+        slice(
+            max(mine.start, part.start) - part.start,
+            min(mine.stop, part.stop) - part.start,
+        )
+        for part, mine in zip(slab, kept)
+    )
+    start = tuple(max(0, part.start - mine.start) for part, mine in zip(slab, kept))
+    return device, inside, start
+
+
+def save(model: Transformer, path: PathLike) -> None:
+    """Writes a model, sharded or not, as a dsjax (Orbax) checkpoint.
+
+    Every host calls it; each writes its shards. Raises UserError when `path` exists.
+    """
+    out = epath.Path(path)
+    check_absent(out)
+    arrays = {name: variable.get_value() for name, variable in flat(model).items()}
+    first = jax.process_index() == 0
+    work = partial_directory(out, fingerprint("save", str(model.config)))
+    with work if first else nullcontext(partial_path(out)) as work:
+        sync_global_devices("dsjax: the directory is there")
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = orbax.nested(arrays)
+            checkpointer.save((work / PARAMS).resolve(), tree, force=True)
+        if first:
+            dtype = arrays["embedding_VD"].dtype.name
+            description = config_json.Description(config=model.config, dtype=dtype)
+            config_json.write(work, description)
+            if model.tokenizer is not None:
+                model.tokenizer.save(work)
+    sync_global_devices("dsjax: the checkpoint is whole")

@@ -1,0 +1,313 @@
+"""The command `dsjax`: parse, call, print.
+
+Every command imports what it needs when it runs, so that `--help` is quick. A mistake of the user's is one line on
+stderr and exit code 2; an interrupt is 130. With `--json`, stdout holds one JSON object and nothing else.
+"""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dsjax.errors import UserError
+
+# Device files of NVIDIA GPUs (dxg: under Windows), TPUs (two generations of driver) and AMD GPUs.
+ACCELERATORS = ("nvidia*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help ends with an example and whose errors are one line like all others."""
+
+    def __init__(self, *, example: str, **kwargs) -> None:
+        super().__init__(
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
+
+    def error(self, message: str) -> None:
+        """Print the message without the usage, exit with 2."""
+        self.exit(2, f"dsjax: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = parser().parse_args(argv)
+    _stay_on_cpu_without_accelerator()
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("dsjax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        print("dsjax:", " ".join(message.split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for what the user or the machine did; None for what is a defect of the program."""
+    match error:
+        case UserError():
+            return str(error)
+        case OSError(filename=path, strerror=reason) if path and reason:
+            return f"{path}: {reason}"
+        case OSError():
+            return str(error)
+    disk_full = os.strerror(errno.ENOSPC)  # as array stores word it, inside their own
+    return disk_full if disk_full in str(error) else None
+
+
+def _stay_on_cpu_without_accelerator() -> None:
+    """Spare the user the complaints of JAX's TPU and GPU plug-ins where there is neither."""
+    devices = Path("/dev")
+    if sys.platform == "linux" and not any(
+        match for pattern in ACCELERATORS for match in devices.glob(pattern)
+    ):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def parser() -> Parser:
+    """The command line: one subparser a command, each with its function as `run`."""
+    top = Parser(
+        prog="dsjax",
+        description="The DeepSeek family of models as one Transformer in JAX.",
+        example="dsjax quickstart",
+    )
+    top.add_argument("--version", action="version", version=_version())
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    for add in (
+        _add_quickstart,
+        _add_inspect,
+        _add_convert,
+        _add_export,
+        _add_generate,
+        _add_eval,
+    ):
+        add(commands)
+    return top
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("dsjax")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
+def _command(
+    commands: argparse._SubParsersAction, run: Callable, *, example: str
+) -> Parser:
+    """A subparser called after `run`, described by its docstring."""
+    command = commands.add_parser(
+        run.__name__.strip("_"),
+        help=run.__doc__.partition(".")[0],
+        description=run.__doc__,
+        example=example,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+# --- quickstart
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    """Train a tiny V3 on the standard library's source, save, export, convert back, evaluate, generate."""
+    from dsjax.quickstart import quickstart
+
+    quickstart(out=args.out, steps=args.steps, force=args.force)
+
+
+def _add_quickstart(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, _quickstart, example="dsjax quickstart")
+    command.add_argument(
+        "--out", default="quickstart", metavar="DIR", help="(default: ./quickstart)"
+    )
+    command.add_argument("--steps", type=_positive, help="training steps")
+    command.add_argument("--force", action="store_true", help="replace DIR")
+
+
+# --- inspect
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """Count a model's parameters, cache bytes and FLOPs a token, from its configuration alone."""
+    from dsjax import count
+
+    config = count.find(args.model)
+    counted = count.count(config, context=args.context)
+    print(json.dumps(counted.as_dict()) if args.json else count.table(config, counted))
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, _inspect, example="dsjax inspect v3")
+    command.add_argument("model", help="a published name, or a checkpoint directory")
+    command.add_argument(
+        "--context",
+        type=_positive,
+        metavar="TOKENS",
+        help="positions that a token attends to, for its FLOPs (default: 4096)",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+# --- convert, export
+
+
+def _convert(args: argparse.Namespace) -> None:
+    """Convert a Hugging Face checkpoint into an Orbax one. FP8 blocks are dequantised on the way."""
+    from dsjax import checkpoint
+
+    checkpoint.convert(args.hf_dir, args.out, dtype=args.dtype)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands, _convert, example="dsjax convert DeepSeek-V2-Lite v2-lite"
+    )
+    command.add_argument("hf_dir", metavar="HF_DIR", help="directory or gs:// path")
+    command.add_argument("out", metavar="OUT", help="a directory that does not exist")
+    _add_dtype(command, "of the weights written (default: as they are; FP8: bfloat16)")
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Export an Orbax checkpoint as a Hugging Face one. Whatever reads safetensors reads it."""
+    from dsjax import checkpoint
+
+    checkpoint.export(args.orbax_dir, args.out, dtype=args.dtype)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, _export, example="dsjax export v2-lite v2-lite-hf")
+    command.add_argument(
+        "orbax_dir", metavar="ORBAX_DIR", help="what convert or save wrote"
+    )
+    command.add_argument("out", metavar="OUT", help="a directory that does not exist")
+    _add_dtype(command, "of the weights written (default: as they are)")
+
+
+# --- generate, eval
+
+
+def _add_dtype(command: Parser, help: str) -> None:
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help)
+
+
+def _add_model(command: Parser) -> None:
+    command.add_argument(
+        "checkpoint", metavar="CKPT", help="a Hugging Face or an Orbax directory"
+    )
+    _add_dtype(command, "of weights and arithmetic (default: the checkpoint's)")
+    command.add_argument(
+        "--mesh",
+        default="",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, expert, tensor: fsdp=2,expert=4 (default: 1)",
+    )
+
+
+def _load(args: argparse.Namespace):
+    import dsjax
+    from dsjax.sharding import parse_mesh
+
+    return dsjax.load(args.checkpoint, dtype=args.dtype, mesh=parse_mesh(args.mesh))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    """Continue a prompt, or answer it. The text appears as it is made."""
+    from dsjax.decode.generate import stream
+
+    model = _load(args)
+    for text in stream(
+        model,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        chat=args.chat,
+        system=args.system,
+    ):
+        print(text, end="", flush=True)
+    print()
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        _generate,
+        example="dsjax generate v2-lite --chat --prompt 'Why is the sky blue?' --temperature 0.6 --top-p 0.95",
+    )
+    _add_model(command)
+    command.add_argument("--prompt", required=True)
+    command.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N")
+    command.add_argument(
+        "--temperature", type=float, default=0.0, help="0: greedy (default)"
+    )
+    command.add_argument("--top-p", type=float, default=1.0, help="(default: 1, all)")
+    command.add_argument("--top-k", type=int, default=0, help="(default: 0, all)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument(
+        "--chat", action="store_true", help="put the prompt in the chat template"
+    )
+    command.add_argument("--system", metavar="TEXT", help="system prompt, with --chat")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    """Measure a model on text files. Prints nats and bits a byte, and perplexity a token."""
+    from dsjax.eval import perplexity
+
+    texts = perplexity.read(args.data)  # a wrong path shows before a model is loaded
+    result = perplexity.evaluate(
+        _load(args),
+        texts,
+        length=args.length,
+        stride=args.stride,
+        batch=args.batch,
+    )
+    print(json.dumps(result.as_dict()) if args.json else result)
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        _eval,
+        example="dsjax eval v2-lite --task perplexity --data book.txt notes/*.md",
+    )
+    _add_model(command)
+    command.add_argument("--task", choices=("perplexity",), required=True)
+    command.add_argument("--data", nargs="+", required=True, metavar="FILES")
+    command.add_argument(
+        "--length", type=_positive, help="tokens a window (default: 2048 at most)"
+    )
+    command.add_argument(
+        "--stride",
+        type=_positive,
+        help="tokens from window to window (default: half of the length)",
+    )
+    command.add_argument("--batch", type=_positive, default=4, help="(default: 4)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

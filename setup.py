@@ -1,0 +1,58 @@
+"""Metadata, dependencies and extras. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = [
+    # jax's own extras give the compilers that match it, for the ahead-of-time checks:
+    # libtpu, and the CUDA plug-in without CUDA's libraries.
+    "jax[tpu,cuda13-local]",
+    "beartype",
+    "ipykernel",
+    "jupytext",
+    "nbclient",
+    "nbformat",
+    "packaging",
+    "psutil",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+]
+
+setup(
+    name="dsjax",
+    version="0.1.0",
+    description="The DeepSeek family of models as one Transformer in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["dsjax*", "pallas_kernels*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.16",
+        "safetensors",
+        "tokenizers",
+        "etils[epath]",
+        "jaxtyping",
+        "jinja2",
+        "matplotlib",
+        "ml_dtypes",
+        "numpy",
+        "tensorstore",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "test": TEST,
+        "notebook": ["ipykernel", "jupytext", "nbclient", "nbformat"],
+        "eval": ["psutil"],
+    },
+    entry_points={"console_scripts": ["dsjax = dsjax.cli:main"]},
+)
