@@ -5,6 +5,7 @@ Everything that can be wrong with the input is found before the first byte is wr
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class _Chunk:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(size(self.region), dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(size(self.region)) * self.dtype.itemsize
 
 
 def convert(
@@ -77,6 +78,7 @@ def convert(
     check_absent(out)
     model = HfSource.open(source)
     dtypes = _target_dtypes(model.dtypes, dtype)
+    check_space(out, _nbytes(model, dtypes))
     with partial_directory(out, _source_digest(model, dtypes)) as work:
         arrays = {
             path: _begin(model, work / orbax.PARAMS, path, dtypes[path])
@@ -102,6 +104,13 @@ def _target_dtypes(
         path: kept if path.endswith("router.bias_E") else jnp.dtype(dtype)
         for path, kept in stored.items()
     }
+
+
+def _nbytes(model: HfSource, dtypes: dict[str, np.dtype]) -> int:
+    """Bytes of all arrays as they will be written."""
+    return sum(
+        math.prod(shape) * dtypes[path].itemsize for path, shape in model.shapes.items()
+    )
 
 
 def _source_digest(model: HfSource, dtypes: dict[str, np.dtype]) -> str:
@@ -140,12 +149,8 @@ def _copy_chunks(
         for region in array.pending()
     ]
     pending.sort(key=lambda chunk: model.position(chunk.path, chunk.region))
-    total = sum(
-        int(np.prod(shape, dtype=np.int64)) * dtypes[path].itemsize
-        for path, shape in model.shapes.items()
-    )
+    total = _nbytes(model, dtypes)
     left = sum(chunk.nbytes for chunk in pending)
-    check_space(out, left)
 
     def copy(chunk: _Chunk) -> None:
         values = model.read(chunk.path, chunk.region, chunk.dtype)
@@ -192,12 +197,12 @@ def export(
     )
     by_name = {tensor.name: tensor for tensor in tensors}
     total = sum(planned.nbytes for group in shards.values() for planned in group)
+    check_space(out, total)
     digest = _orbax_digest(source, dtypes, shards)
     with (
         partial_directory(out, digest) as work,
         progress_bar("export", total, show=progress) as bar,
     ):
-        _check_room(work, out, shards)
         for file, group in shards.items():
             if (work / file).exists():
                 bar.update(sum(planned.nbytes for planned in group))
@@ -241,13 +246,6 @@ def _pieces(
     place = tuple(slice(i, i + 1) for i in tensor.index)
     for part in split(whole(tensor.box), tensor.rows, dtype.itemsize, CHUNK_BYTES):
         yield tensor.path, place + part, dtype
-
-
-def _check_room(
-    work: epath.Path, out: epath.Path, shards: dict[str, list[Planned]]
-) -> None:
-    todo = [group for file, group in shards.items() if not (work / file).exists()]
-    check_space(out, sum(planned.nbytes for group in todo for planned in group))
 
 
 def _orbax_digest(

@@ -111,12 +111,14 @@ def _yarn(scaling: Values, values: Values) -> Yarn:
     length = scaling.get("original_max_position_embeddings")
     length = length or _need(values, "max_position_embeddings")
     yarn = Yarn(
-        factor=scaling.get("factor") or values["max_position_embeddings"] / length,
+        factor=float(
+            scaling.get("factor") or values["max_position_embeddings"] / length
+        ),
         original_length=length,
-        beta_fast=scaling.get("beta_fast") or 32.0,
-        beta_slow=scaling.get("beta_slow") or 1.0,
-        mscale=scaling.get("mscale") or 0.0,
-        mscale_all_dim=scaling.get("mscale_all_dim") or 0.0,
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
+        mscale=float(scaling.get("mscale") or 0),
+        mscale_all_dim=float(scaling.get("mscale_all_dim") or 0),
     )
     _only(scaling, "truncate", True)
     _only(scaling, "attention_factor", yarn.rotation_scale)
@@ -125,9 +127,9 @@ def _yarn(scaling: Values, values: Values) -> Yarn:
 
 def _llama3(scaling: Values, values: Values) -> Llama3:
     return Llama3(
-        factor=_need(scaling, "factor"),
-        low_frequency_factor=_need(scaling, "low_freq_factor"),
-        high_frequency_factor=_need(scaling, "high_freq_factor"),
+        factor=float(_need(scaling, "factor")),
+        low_frequency_factor=float(_need(scaling, "low_freq_factor")),
+        high_frequency_factor=float(_need(scaling, "high_freq_factor")),
         original_length=_need(scaling, "original_max_position_embeddings"),
     )
 

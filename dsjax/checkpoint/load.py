@@ -4,6 +4,7 @@ No host ever holds the model: each reads what its own devices keep, in slabs of 
 size, and each slab goes to its devices before it is forgotten.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def _join(
 
 
 def _nbytes(region: Region, dtype: np.dtype) -> int:
-    return int(np.prod(size(region), dtype=np.int64)) * dtype.itemsize
+    return math.prod(size(region)) * dtype.itemsize
 
 
 def _slabs(path: str, place: jax.ShapeDtypeStruct, limit: int) -> Iterator[_Slab]:

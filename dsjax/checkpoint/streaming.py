@@ -1,5 +1,6 @@
 """Work in a bounded window: a few jobs ahead in threads, results in order."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -78,7 +79,7 @@ def split(region: Region, leading: int, itemsize: int, limit: int) -> Iterator[R
     next one is: parts are runs of rows, of nearly equal size. Dimensions past `leading`
     stay whole.
     """
-    inner = itemsize * int(np.prod(size(region)[1:], dtype=np.int64))
+    inner = itemsize * math.prod(size(region)[1:])
     first, rest = region[0], region[1:]
     count = first.stop - first.start
     if leading == 0 or inner * count <= limit:

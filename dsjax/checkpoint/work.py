@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -39,16 +40,18 @@ def check_absent(out: epath.Path) -> None:
 
 
 def check_space(out: epath.Path, needed: int) -> None:
-    """Raises UserError when a local disk has less than `needed` bytes free."""
+    """Raises UserError when a local disk cannot take `needed` bytes more for `out`.
+
+    What OUT.partial has already counts as written.
+    """
     if "://" in str(out):
         return
-    place = out.resolve().parent
-    while not place.exists():
-        place = place.parent
+    there = sum(p.stat().st_size for p in Path(partial_path(out)).rglob("*"))
+    place = next(parent for parent in Path(out).absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
-    if free < needed:
+    if free < needed - there:
         raise UserError(
-            f"{out}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            f"{out}: {(needed - there) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         )
 
 

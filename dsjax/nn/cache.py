@@ -1,6 +1,6 @@
 """What attention remembers: the key-value cache, and what a layer knows of the batch.
 
-Letters: B batch, T new tokens, S cache slots, K kv heads, H head size, C any channels.
+Letters: B batch, T new tokens, S cache slots, K kv heads, H head size, L latent, R rope.
 A segment's caches are stacked over its layers in front (Y); a layer writes its slice in
 place, so that one buffer lives through a whole decode loop.
 """
@@ -62,8 +62,8 @@ class LatentCache:
     Two arrays, since one of 512 + 64 channels would be padded to 640 on a TPU.
     """
 
-    latent_YBSC: Float[Array, "Y B S C"]
-    rope_YBSC: Float[Array, "Y B S C"]
+    latent_YBSL: Float[Array, "Y B S L"]
+    rope_YBSR: Float[Array, "Y B S R"]
 
 
 @jax.tree_util.register_dataclass
@@ -107,8 +107,8 @@ def empty_cache(
             case Mla(kv_rank=latent, rope_dim=rope):
                 spec = P(None, BATCH, None, None)
                 return LatentCache(
-                    latent_YBSC=zeros((*rows, latent), spec),
-                    rope_YBSC=zeros((*rows, rope), spec),
+                    latent_YBSL=zeros((*rows, latent), spec),
+                    rope_YBSR=zeros((*rows, rope), spec),
                 )
             case Gqa(num_kv_heads=heads, head_dim=size):
                 spec = P(None, BATCH, None, "tensor", None)

@@ -80,12 +80,12 @@ class MultiHeadLatentAttention(nnx.Module):
         if cache is not None:
             cache = replace(
                 cache,
-                latent_YBSC=kv.write(cache.latent_YBSC, c_BTL, layer, context),
-                rope_YBSC=kv.write(cache.rope_YBSC, k_BTR, layer, context),
+                latent_YBSL=kv.write(cache.latent_YBSL, c_BTL, layer, context),
+                rope_YBSR=kv.write(cache.rope_YBSR, k_BTR, layer, context),
             )
         if context.phase is kv.Phase.DECODE:
-            c_BSL = kv.read(cache.latent_YBSC, layer).astype(self.dtype)
-            k_BSR = kv.read(cache.rope_YBSC, layer).astype(self.dtype)
+            c_BSL = kv.read(cache.latent_YBSL, layer).astype(self.dtype)
+            k_BSR = kv.read(cache.rope_YBSR, layer).astype(self.dtype)
             mask = context.cache_mask(c_BSL.shape[1])
             out_BTNH = self.absorbed(q_BTNH, q_BTNR, c_BSL, k_BSR, mask)
         else:

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from dsjax.nn.transformer import Transformer
-from dsjax.nn.weights import RouterBias, flat
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from dsjax.nn.transformer import Transformer
+from dsjax.nn.weights import RouterBias, flat
 from dsjax.train import balance, loss
 
 Weights = dict[str, Array]  # dotted path -> array
@@ -136,7 +136,7 @@ def make_step(
             biases=_balanced(state.biases, terms.loads, speed),
             moments=moments,
         )
-        return new, _metrics(terms, optax.global_norm(gradients))
+        return new, _metrics(terms, optax.tree.norm(gradients))
 
     def run(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(model.mesh):
@@ -163,12 +163,14 @@ def losses(model: Transformer, batch: Mapping[str, Array]) -> Terms:
     }
     mtp = jnp.zeros(())
     if model.config.mtp:
-        logits_BTV, routing = model.mtp_logits(
+        further_BTD, routing = model.predict_further(
             output.hidden_BTD, next_BT, segments_BT=segments_BT
         )
         if routing is not None:  # one layer: give it the stacked ones' leading axis
             routings["mtp.block"] = jax.tree.map(lambda leaf: leaf[None], routing)
-        mtp = loss.mtp_loss(logits_BTV, loss.mtp_targets(tokens_BS), mtp_mask_BT)
+        mtp = loss.mtp_loss(
+            model.head(further_BTD), loss.mtp_targets(tokens_BS), mtp_mask_BT
+        )
     return Terms(
         loss=loss.next_token_loss(
             model.logits(output.hidden_BTD), next_BT, next_mask_BT

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dsjax.nn.router import route
 
 from dsjax.config import Moe, Score
+from dsjax.nn.router import route
 from dsjax.train.balance import expert_loss, max_violation, sequence_loss, update_bias
 
 L, B, T, E, K = 2, 3, 50, 8, 2

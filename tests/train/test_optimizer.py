@@ -1,5 +1,7 @@
 """AdamW's constants, what decays, and the learning-rate schedules."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,7 +67,7 @@ def test_cosine_ends_at_its_final_rate():
     values = [float(rate(step)) for step in range(101)]
     assert values[0] == pytest.approx(0.1) and values[10] == 1.0
     assert values[55] == pytest.approx(0.55) and values[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(values[10:], values[11:]))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_impossible_schedules_are_refused():
