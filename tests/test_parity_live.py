@@ -141,11 +141,11 @@ def test_recorded_answers_are_todays(name, answers):
 def test_checkpoint_as_transformers_writes_it(name, answers, tmp_path):
     """config.json has `rope_parameters`; a V3 checkpoint comes without its MTP layer."""
     _, torch_model, main, _ = answers(name)
-    torch_model.save_pretrained(tmp_path / "saved")
-    config, stored = files.read(tmp_path / "saved")
+    torch_model.save_pretrained(tmp_path / "checkpoint")
+    config, stored = files.read(tmp_path / "checkpoint")
     assert "rope_parameters" in config and "rope_scaling" not in config
     assert not any(".eh_proj." in tensor for tensor in stored)
-    model = dsjax.load(tmp_path / "saved", dtype="float32")
+    model = dsjax.load(tmp_path / "checkpoint", dtype="float32")
     assert not model.config.mtp
     tokens = checkpoints.tokens(CASES[name])
     assert largest(logits(model, tokens) - main.logits) <= TOLERANCE
