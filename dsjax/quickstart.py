@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dsjax.checkpoint import convert, export, load, save
+from dsjax.api import load, save
+from dsjax.checkpoint import convert, export
 from dsjax.config import (
     Dense,
     Groups,
@@ -31,6 +32,7 @@ from dsjax.config import (
 from dsjax.data.stdlib import Split, python_source
 from dsjax.data.text import Windows, batches, read_texts, tokenize
 from dsjax.data.tokenizer import Tokenizer, train_bpe
+from dsjax.decode.generate import generate
 from dsjax.errors import UserError
 from dsjax.eval.perplexity import evaluate
 from dsjax.models import small_init_std
@@ -247,9 +249,7 @@ def _lzma(content: bytes) -> int:
 
 def sample(model: Transformer, *, seed: int = 0, max_new_tokens: int = 128) -> str:
     """The prompt and how the model goes on."""
-    import dsjax
-
-    (text,) = dsjax.generate(
+    (text,) = generate(
         model,
         [PROMPT],
         max_new_tokens=max_new_tokens,
