@@ -153,7 +153,6 @@ image = right.imshow(
 )
 right.set(xlabel="expert", yticks=range(3), yticklabels=["MoE 1", "MoE 2", "MTP"])
 right.set_title("expert load / mean")
-
 # %% [markdown]
 # **Save, export, convert back.** Orbax on disk, then the tensors and names that
 # transformers and vLLM read, then Orbax again: the logits stay the same to the bit.
@@ -179,7 +178,7 @@ assert difference == 0
 held_out = list(read_texts(split.held_out[:4]))
 content = "".join(held_out).encode()
 compressed = len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
-perplexity = evaluate(returned, tokenizer, held_out, length=256)
+perplexity = evaluate(returned, held_out, length=256)
 print(
     f"{perplexity.bits_per_byte:.3f} bits a byte; lzma {8 * compressed / len(content):.3f}"
 )
