@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "dsjax.models": ("dsjax.config",),
     "dsjax.nn": ("dsjax.config", "dsjax.sharding", "pallas_kernels.*.api"),
     "dsjax.checkpoint": ("dsjax.nn",),
-    "dsjax.decode": ("dsjax.nn",),
+    "dsjax.decode": ("dsjax.nn", "dsjax.data"),
     "dsjax.data": ("dsjax.config", "dsjax.sharding"),
     "dsjax.train": ("dsjax.nn", "dsjax.data", "dsjax.checkpoint"),
     "dsjax.eval": ("dsjax.decode", "dsjax.data"),
+    "dsjax.api": ("dsjax.checkpoint", "dsjax.data"),
     "dsjax.count": ("dsjax.nn", "dsjax.models", "dsjax.checkpoint"),
     "pallas_kernels": ("pallas_kernels",),
 }
