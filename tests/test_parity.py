@@ -17,7 +17,7 @@ from tests.reference import checkpoints, files, golden, routing
 from tests.reference.cases import CASES
 from tests.reference.checkpoints import Case
 from tests.reference.mutations import MUTATIONS, Mutation
-from tests.reference.observe import largest, logits, observe
+from tests.reference.observe import decode, largest, logits, observe
 
 TOLERANCE = 1e-4
 WITH_EXPERTS = [name for name, case in CASES.items() if case.moe_layers]
@@ -81,6 +81,18 @@ def test_chosen_experts_and_mtp(name, load):
     assert difference <= TOLERANCE
     assert 0.5 < observed.mtp_logits.std() < 2
     np.testing.assert_array_equal(observed.mtp_indices, recorded["mtp_indices"][0])
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "deepseek_v2", "deepseek_v3"])
+def test_logits_by_the_cache(name, load):
+    """Absorbed attention, too, has YaRN's scales and the right rotation."""
+    loaded, prompt = load(name), 20
+    found = decode(loaded.model, loaded.tokens, prompt)
+    at = loaded.golden["positions"]
+    after = at >= prompt
+    difference = found[:, at[after] - prompt] - loaded.golden["logits"][:, after]
+    assert after.sum() > 5
+    assert largest(difference) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

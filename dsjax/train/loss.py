@@ -9,18 +9,47 @@ from jax import Array
 from jaxtyping import Float, Int
 
 
+@jax.custom_vjp
 def token_losses(
     logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """-log p(target) of every position, float32 whatever the logits are.
 
-    The target's logit is picked by comparison and not by index, so that a vocabulary
-    cut over devices needs no gather.
+    The gradient, softmax minus one-hot, is written out so that it is computed once:
+    left to itself, XLA recomputes it for each of the products that need it.
     """
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    chosen_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])
-    target_BT = jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0.0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT
+    return _forward(logits_BTV, targets_BT)[0]
+
+
+def _forward(logits_BTV: Array, targets_BT: Array) -> tuple[Array, tuple]:
+    logits32_BTV = logits_BTV.astype(jnp.float32)
+    lse_BT = jax.nn.logsumexp(logits32_BTV, axis=-1)
+    target_BT = _pick(logits32_BTV, targets_BT)
+    return lse_BT - target_BT, (logits_BTV, lse_BT, targets_BT)
+
+
+def _backward(saved: tuple, gradient_BT: Array) -> tuple[Array, None]:
+    logits_BTV, lse_BT, targets_BT = saved
+    softmax_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - lse_BT[..., None])
+    logit_BTV = (softmax_BTV - _one_hot(targets_BT, softmax_BTV)) * gradient_BT[
+        ..., None
+    ]
+    return jax.lax.optimization_barrier(logit_BTV.astype(logits_BTV.dtype)), None
+
+
+token_losses.defvjp(_forward, _backward)
+
+
+def _pick(logits_BTV: Array, targets_BT: Array) -> Array:
+    """Each position's target logit; by comparison where devices share the vocabulary."""
+    if jax.typeof(logits_BTV).sharding.spec[-1] is None:
+        return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    one_hot_BTV = _one_hot(targets_BT, logits_BTV)
+    return jnp.sum(jnp.where(one_hot_BTV, logits_BTV, 0.0), axis=-1)
+
+
+def _one_hot(targets_BT: Array, like_BTV: Array) -> Array:
+    return targets_BT[..., None] == jnp.arange(like_BTV.shape[-1])
 
 
 def next_token_loss(

@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
+from dsjax.config import ModelConfig, Moe
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import RouterBias, flat
 from dsjax.train import balance, loss
@@ -53,14 +54,14 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """The parts of the objective. `loads` counts the batch's choices [L, E] for each
-    part of the model that has experts: "segments.1", "mtp.block".
+    """The parts of the objective. `loads` counts the batch's choices, [L, E] for each of
+    `expert_parts`.
     """
 
     loss: Float[Array, ""]
     mtp_loss: Float[Array, ""]
     balance_loss: Float[Array, ""]
-    loads: dict[str, Array]
+    loads: tuple[Array, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +118,7 @@ def make_step(
     "segments" int32 [B, S]. The old state's buffers are reused: do not touch it again.
     """
     recipe = Recipe() if recipe is None else recipe
-    build = _builder(model)
+    build, parts = _builder(model), expert_parts(model.config)
 
     def objective(params: Weights, state: TrainState, batch: Mapping[str, Array]):
         terms = losses(build(params | state.biases), batch)
@@ -133,7 +134,7 @@ def make_step(
         new = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            biases=_balanced(state.biases, terms.loads, speed),
+            biases=_balanced(state.biases, dict(zip(parts, terms.loads)), speed),
             moments=moments,
         )
         return new, _metrics(terms, optax.tree.norm(gradients))
@@ -143,6 +144,13 @@ def make_step(
             return step(state, dict(batch))
 
     return run
+
+
+def expert_parts(config: ModelConfig) -> list[str]:
+    """The parts of a model that route to experts, in layer order, as their paths start."""
+    moe = [isinstance(segment.feed_forward, Moe) for segment in config.segments]
+    parts = [f"segments.{number}" for number, has in enumerate(moe) if has]
+    return parts + ["mtp.block"] * (config.mtp and moe[-1])
 
 
 def losses(model: Transformer, batch: Mapping[str, Array]) -> Terms:
@@ -156,18 +164,14 @@ def losses(model: Transformer, batch: Mapping[str, Array]) -> Terms:
         next_mask_BT = segments_BT == segments_BS[:, 1:]
         mtp_mask_BT = segments_BT == loss.mtp_targets(segments_BS)
     output = model.forward(inputs_BT, segments_BT=segments_BT)
-    routings = {
-        f"segments.{number}": routing
-        for number, routing in enumerate(output.routing)
-        if routing is not None
-    }
+    routings = [routing for routing in output.routing if routing is not None]
     mtp = jnp.zeros(())
     if model.config.mtp:
         further_BTD, routing = model.predict_further(
             output.hidden_BTD, next_BT, segments_BT=segments_BT
         )
         if routing is not None:  # one layer: give it the stacked ones' leading axis
-            routings["mtp.block"] = jax.tree.map(lambda leaf: leaf[None], routing)
+            routings.append(jax.tree.map(lambda leaf: leaf[None], routing))
         mtp = loss.mtp_loss(
             model.head(further_BTD), loss.mtp_targets(tokens_BS), mtp_mask_BT
         )
@@ -178,9 +182,9 @@ def losses(model: Transformer, batch: Mapping[str, Array]) -> Terms:
         mtp_loss=mtp,
         balance_loss=sum(
             balance.sequence_loss(routing.load_BE, routing.probability_BE)
-            for routing in routings.values()
+            for routing in routings
         ),
-        loads={name: routing.load_BE.sum(axis=1) for name, routing in routings.items()},
+        loads=tuple(routing.load_BE.sum(axis=1) for routing in routings),
     )
 
 
@@ -197,8 +201,7 @@ def _balanced(biases: Weights, loads: dict[str, Array], speed: Array) -> Weights
 
 
 def _metrics(terms: Terms, gradient_norm: Array) -> Metrics:
-    loads = list(terms.loads.values())
-    load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, 1))
+    load_LE = jnp.concatenate(terms.loads) if terms.loads else jnp.zeros((0, 1))
     return Metrics(
         loss=terms.loss,
         mtp_loss=terms.mtp_loss,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dsjax.nn.cache import Cache, empty_cache
 from dsjax.nn.transformer import Transformer
 
 
@@ -53,6 +54,33 @@ def _run(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> tuple:
     hidden, following = output.hidden_BTD[:, :-1], tokens[:, 1:]
     _, routing = model.predict_further(hidden, following)
     return indices, model.mtp_logits(hidden, following), routing.indices_BTk
+
+
+def decode(model: Transformer, tokens: np.ndarray, prompt: int) -> np.ndarray:
+    """float32 logits [B, T - prompt, V] of the tokens after the prompt, by the cache.
+
+    The prompt is read in the plain form, the rest in the one that decoding uses.
+    """
+    graph, state = nnx.split(model)
+    with jax.set_mesh(model.mesh):
+        cache = empty_cache(
+            model.config,
+            batch=tokens.shape[0],
+            slots=tokens.shape[1],
+            dtype=model.dtype,
+            mesh=model.mesh,
+        )
+        return np.asarray(_decode(graph, state, jnp.asarray(tokens), prompt, cache))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _decode(
+    graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array, prompt: int, cache: Cache
+) -> jax.Array:
+    model = nnx.merge(graph, state)
+    lengths = jnp.full(tokens.shape[0], prompt)
+    cache = model.prefill(tokens[:, :prompt], lengths, cache).cache
+    return model.logits(model.decode(tokens[:, prompt:], cache).hidden_BTD)
 
 
 def largest(difference: np.ndarray) -> float:
