@@ -83,7 +83,7 @@ def test_chosen_experts_and_mtp(name, load):
     np.testing.assert_array_equal(observed.mtp_indices, recorded["mtp_indices"][0])
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama_gqa", "deepseek_v3"])
 def test_logits_by_the_cache(name, load):
     """Absorbed attention, too, has YaRN's scales and the right rotation."""
     loaded, prompt = load(name), 20
@@ -124,7 +124,7 @@ SHOWN = [
 @pytest.mark.parametrize("shown", SHOWN)
 def test_mistake_moves_the_logits(shown, tmp_path):
     mutation = find_mutation(shown)
-    model = dsjax.load(mutation.write(tmp_path / "edited"), dtype="float32")
+    model = dsjax.load(mutation.write(tmp_path / "checkpoint"), dtype="float32")
     tokens = checkpoints.tokens(CASES[mutation.case])
     recorded = golden.load(mutation.case)
     if mutation.mtp:

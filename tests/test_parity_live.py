@@ -4,6 +4,8 @@ Beyond the recorded cases: all positions, checkpoints as transformers 5 writes t
 references against each other, and every listed mistake seen to move the logits.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,7 +54,7 @@ def run(directory, tokens):
     """The torch model of a checkpoint, its answers, and MTP's or None."""
     model = torch_models.load(directory)
     main = torch_models.forward(model, tokens)
-    if "num_nextn_predict_layers" not in files.read(directory)[0]:
+    if not files.read(directory)[0].get("num_nextn_predict_layers"):
         return model, main, None
     module = torch_mtp.load(directory, model)
     return model, main, torch_mtp.forward(model, module, main.hidden, tokens)
@@ -63,6 +65,11 @@ def test_dsjax_agrees_everywhere(name, answers):
     directory, _, main, mtp = answers(name)
     tokens = checkpoints.tokens(CASES[name])
     model = dsjax.load(directory, dtype="float32")
+    agrees(model, tokens, main, mtp)
+
+
+def agrees(model, tokens, main, mtp):
+    """Logits to the tolerance and choices exactly, MTP's included."""
     assert largest(logits(model, tokens) - main.logits) <= TOLERANCE
     if not main.indices:
         return
@@ -71,6 +78,50 @@ def test_dsjax_agrees_everywhere(name, answers):
     if mtp is not None:
         assert largest(observed.mtp_logits - mtp.logits) <= TOLERANCE
         np.testing.assert_array_equal(observed.mtp_indices, mtp.indices[0])
+
+
+def _rope_scaling(**changes):
+    return CASES["deepseek_v3"].config["rope_scaling"] | changes
+
+
+SETTINGS = {  # that no published config.json has, but transformers reads
+    "v3_plain_queries": (
+        "deepseek_v3",
+        {"q_lora_rank": None, "rope_interleave": False, "rms_norm_eps": 1e-3},
+    ),
+    "v3_no_groups": (
+        "deepseek_v3",
+        {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_scaling": None},
+    ),
+    "v3_unequal_mscales": (
+        "deepseek_v3",
+        {"rope_scaling": _rope_scaling(mscale=0.707), "n_shared_experts": 2},
+    ),
+    "v3_all_moe_tied": (
+        "deepseek_v3",
+        {
+            "first_k_dense_replace": 0,
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": True,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "v2_greedy": (
+        "deepseek_v2",
+        {"topk_method": "greedy", "n_group": None, "topk_group": None},
+    ),
+    "llama_head_dim": ("llama_gqa", {"head_dim": 20, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_other_settings(setting, tmp_path):
+    name, changes = SETTINGS[setting]
+    case = replace(CASES[name], config=CASES[name].config | changes)
+    tokens = checkpoints.tokens(case)
+    directory = checkpoints.write(case, tmp_path / setting)
+    _, main, mtp = run(directory, tokens)
+    agrees(dsjax.load(directory, dtype="float32"), tokens, main, mtp)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -90,11 +141,11 @@ def test_recorded_answers_are_todays(name, answers):
 def test_checkpoint_as_transformers_writes_it(name, answers, tmp_path):
     """config.json has `rope_parameters`; a V3 checkpoint comes without its MTP layer."""
     _, torch_model, main, _ = answers(name)
-    torch_model.save_pretrained(tmp_path / "saved")
-    config, stored = files.read(tmp_path / "saved")
+    torch_model.save_pretrained(tmp_path / "checkpoint")
+    config, stored = files.read(tmp_path / "checkpoint")
     assert "rope_parameters" in config and "rope_scaling" not in config
     assert not any(".eh_proj." in tensor for tensor in stored)
-    model = dsjax.load(tmp_path / "saved", dtype="float32")
+    model = dsjax.load(tmp_path / "checkpoint", dtype="float32")
     assert not model.config.mtp
     tokens = checkpoints.tokens(CASES[name])
     assert largest(logits(model, tokens) - main.logits) <= TOLERANCE

@@ -146,13 +146,17 @@ def _grouped_attention(
     config: Mapping[str, Any],
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     model, heads = config["hidden_size"], config["num_attention_heads"]
-    size = model // heads
-    kv_size = size * config["num_key_value_heads"]
-    for name, rows in (("q_proj", model), ("k_proj", kv_size), ("v_proj", kv_size)):
+    head = config.get("head_dim") or model // heads
+    kv_rows = head * config["num_key_value_heads"]
+    for name, rows in (
+        ("q_proj", head * heads),
+        ("k_proj", kv_rows),
+        ("v_proj", kv_rows),
+    ):
         yield f"{name}.weight", (rows, model)
         if config["model_type"] == "qwen2":
             yield f"{name}.bias", (rows,)
-    yield "o_proj.weight", (model, model)
+    yield "o_proj.weight", (model, head * heads)
 
 
 def _latent_attention(
