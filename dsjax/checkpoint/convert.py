@@ -16,7 +16,7 @@ from etils import epath
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from dsjax.checkpoint import config_json, hf_config, orbax, table
+from dsjax.checkpoint import config_json, hf_config_write, orbax, table
 from dsjax.checkpoint.hf import HfSource, array_shapes
 from dsjax.checkpoint.orbax import CHUNK_BYTES, OrbaxSource
 from dsjax.checkpoint.safetensors import (
@@ -187,7 +187,7 @@ def export(
         *table.tensors(model.config, shapes),
         *table.copies(model.config, shapes),
     ]
-    published = hf_config.write(
+    published = hf_config_write.write(
         model.config,
         dtype=dtypes[table.EMBEDDING.path].name,
         source=_with_token_ids(source, model.description.published),

@@ -8,7 +8,7 @@ import published
 import pytest
 from etils import epath
 
-from dsjax.checkpoint import convert
+from dsjax.checkpoint import convert, save
 from dsjax.checkpoint.load import SLAB_BYTES, assemble, load, open_source
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
@@ -113,3 +113,17 @@ def test_dtypes(both_forms):
     assert kinds.pop("segments.1.feed_forward.router.bias_E") == np.float32
     assert kinds.pop("mtp.block.feed_forward.router.bias_E") == np.float32
     assert set(kinds.values()) == {published.BF16}
+
+
+def test_inside_the_mesh_of_a_program(both_forms, tmp_path):
+    """A mesh that the caller has entered disturbs none of the steps."""
+    mesh = make_mesh(fsdp=2, expert=4)
+    with jax.set_mesh(mesh):
+        model = load(both_forms[0], mesh=mesh)
+        wanted = places(model.config, mesh)
+        source = open_source(epath.Path(both_forms[0]))
+        for path, array in assemble(source, wanted, slab_bytes=8000):
+            found = flat(model)[path].get_value()
+            np.testing.assert_array_equal(np.asarray(array), np.asarray(found))
+        convert(both_forms[0], tmp_path / "orbax", progress=False)
+        save(model, tmp_path / "saved")
