@@ -1,8 +1,12 @@
 """Metadata, dependencies and extras. Tool settings are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dsjax/__init__.py").read_text())
 
 TEST = [
     # jax's own extras give the compilers that match it, for the ahead-of-time checks:
@@ -22,9 +26,9 @@ TEST = [
 
 setup(
     name="dsjax",
-    version="0.1.0",
+    version=VERSION[1],
     description="The DeepSeek family of models as one Transformer in JAX",
-    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

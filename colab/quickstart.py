@@ -32,7 +32,9 @@ import sys
 from pathlib import Path
 
 if importlib.util.find_spec("dsjax") is None:
-    clones = [d for d in (Path(), Path(".."), Path("dsjax")) if (d / "setup.py").exists()]
+    clones = [
+        d for d in (Path(), Path(".."), Path("dsjax")) if (d / "setup.py").exists()
+    ]
     if not clones:
         raise SystemExit("no clone of dsjax here: git clone it beside this notebook")
     keep = [d for d in ("jax", "jaxlib") if importlib.util.find_spec(d)]
@@ -78,7 +80,14 @@ texts = list(read_texts(split.train))
 tokenizer = train_bpe(texts, vocab_size=2048)
 windows = Windows(tokenize(texts, tokenizer), length=256)
 data = iter(batches(windows, batch_size=4, seed=0))
-print(len(split.train), "files,", len(windows), "windows;", len(split.held_out), "held out")
+print(
+    len(split.train),
+    "files,",
+    len(windows),
+    "windows;",
+    len(split.held_out),
+    "held out",
+)
 print(tokenizer.decode(next(data)["tokens"][0, :60]))
 
 # %% [markdown]
@@ -143,8 +152,7 @@ image = right.imshow(
     load / load.mean(axis=1, keepdims=True), vmin=0, vmax=2, cmap="coolwarm"
 )
 right.set(xlabel="expert", yticks=range(3), yticklabels=["MoE 1", "MoE 2", "MTP"])
-right.set_title("expert load / mean");
-
+right.set_title("expert load / mean")
 # %% [markdown]
 # **Save, export, convert back.** Orbax on disk, then the tensors and names that
 # transformers and vLLM read, then Orbax again: the logits stay the same to the bit.
@@ -170,8 +178,10 @@ assert difference == 0
 held_out = list(read_texts(split.held_out[:4]))
 content = "".join(held_out).encode()
 compressed = len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME))
-perplexity = evaluate(returned, tokenizer, held_out, length=256)
-print(f"{perplexity.bits_per_byte:.3f} bits a byte; lzma {8 * compressed / len(content):.3f}")
+perplexity = evaluate(returned, held_out, length=256)
+print(
+    f"{perplexity.bits_per_byte:.3f} bits a byte; lzma {8 * compressed / len(content):.3f}"
+)
 
 # %% [markdown]
 # **Generate.** Greedy below temperature 0; the latent cache keeps 80 values a token.

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import dsjax
 from dsjax.errors import UserError
 
 # Device files of NVIDIA GPUs (dxg: under Windows), TPUs (two generations of driver) and AMD GPUs.
@@ -84,7 +85,7 @@ def parser() -> Parser:
         description="The DeepSeek family of models as one Transformer in JAX.",
         example="dsjax quickstart",
     )
-    top.add_argument("--version", action="version", version=_version())
+    top.add_argument("--version", action="version", version=dsjax.__version__)
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_quickstart,
@@ -96,15 +97,6 @@ def parser() -> Parser:
     ):
         add(commands)
     return top
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("dsjax")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _command(
@@ -226,10 +218,10 @@ def _add_model(command: Parser) -> None:
 
 
 def _load(args: argparse.Namespace):
-    import dsjax
     from dsjax.sharding import parse_mesh
 
-    return dsjax.load(args.checkpoint, dtype=args.dtype, mesh=parse_mesh(args.mesh))
+    mesh = parse_mesh(args.mesh)
+    return dsjax.load(args.checkpoint, dtype=args.dtype, mesh=mesh, progress=True)
 
 
 def _generate(args: argparse.Namespace) -> None:

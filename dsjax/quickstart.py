@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dsjax.api import load, save
+from dsjax.checkpoint import convert, export
 from dsjax.config import (
     Dense,
     Groups,
@@ -30,7 +32,9 @@ from dsjax.config import (
 from dsjax.data.stdlib import Split, python_source
 from dsjax.data.text import Windows, batches, read_texts, tokenize
 from dsjax.data.tokenizer import Tokenizer, train_bpe
+from dsjax.decode.generate import generate
 from dsjax.errors import UserError
+from dsjax.eval.perplexity import evaluate
 from dsjax.models import small_init_std
 from dsjax.nn.transformer import Transformer
 from dsjax.train.optimizer import adamw
@@ -42,8 +46,10 @@ PROMPT = "def "
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Sizes and rates found to do best in about 3 minutes of 2 CPU cores."""
+    """Sizes and rates found to do well in about 3 minutes of 2 CPU cores."""
 
+    d_model: int = 192
+    moe_layers: int = 3
     vocab_size: int = 2048
     length: int = 256
     batch_size: int = 4
@@ -54,30 +60,35 @@ class Settings:
     recipe: Recipe = field(default_factory=lambda: Recipe(bias_speed=1e-2))
 
 
-def model_config(vocab_size: int) -> ModelConfig:
-    """V3's architecture with a dense layer, three MoE layers and the MTP module."""
-    d_model = 192
+def model_config(settings: Settings) -> ModelConfig:
+    """V3's architecture: a dense layer, MoE layers, and the MTP module."""
+    d_model = settings.d_model
     moe = Moe(
         num_experts=16,
         num_shared=1,
         top_k=4,
-        width=64,
+        width=d_model // 3,
         score=Score.SIGMOID,
         groups=Groups(count=4, kept=2, score=GroupScore.TOP2_SUM),
         renormalize=True,
-        scale=1.0,
         selection_bias=True,
+    )
+    attention = Mla(
+        num_heads=4,
+        kv_rank=d_model // 2,
+        q_rank=3 * d_model // 4,
+        nope_dim=32,
+        rope_dim=16,
+        value_dim=32,
     )
     return ModelConfig(
         name="quickstart",
-        vocab_size=vocab_size,
+        vocab_size=settings.vocab_size,
         d_model=d_model,
-        attention=Mla(
-            num_heads=4, kv_rank=96, q_rank=144, nope_dim=32, rope_dim=16, value_dim=32
-        ),
+        attention=attention,
         segments=(
-            Segment(count=1, feed_forward=Dense(width=512)),
-            Segment(count=3, feed_forward=moe),
+            Segment(count=1, feed_forward=Dense(width=8 * d_model // 3)),
+            Segment(count=settings.moe_layers, feed_forward=moe),
         ),
         max_length=2048,
         mtp=True,
@@ -111,24 +122,21 @@ def quickstart(
     Work goes on in `out`.partial; `out` appears when all is done. Raises UserError when
     `out` exists and `force` does not allow to replace it.
     """
-    import dsjax
-    from dsjax.checkpoint import convert, export
-
     began = time.monotonic()
     out = Path(out)
     work = _start(out, force=force)
     settings = Settings() if settings is None else settings
     split = python_source() if split is None else split
     tokenizer, corpus = prepare(split, settings)
-    model = Transformer.create(model_config(settings.vocab_size), seed=seed)
+    model = Transformer.create(model_config(settings), seed=seed)
     model.tokenizer = tokenizer
     history = train(model, corpus, settings=settings, steps=steps, seed=seed)
 
     print("saving, exporting to Hugging Face's form, converting back")
-    dsjax.save(model, work / "checkpoint")
+    save(model, work / "checkpoint")
     export(work / "checkpoint", work / "huggingface")
     convert(work / "huggingface", work / "converted")
-    returned = dsjax.load(work / "converted")
+    returned = load(work / "converted")
     results = {
         "parameters": _parameter_count(model),
         "steps": len(history.loss),
@@ -221,10 +229,8 @@ def train(
 
 def score(model: Transformer, files: Sequence[Path], *, length: int) -> dict:
     """Held-out bits a byte, beside lzma on the same files: joined, and one by one."""
-    from dsjax.eval.perplexity import evaluate
-
     texts = list(read_texts(files))
-    perplexity = evaluate(model, model.tokenizer, texts, length=length)
+    perplexity = evaluate(model, texts, length=length)
     contents = [text.encode() for text in texts]
     total = sum(map(len, contents))
     return {
@@ -243,9 +249,7 @@ def _lzma(content: bytes) -> int:
 
 def sample(model: Transformer, *, seed: int = 0, max_new_tokens: int = 128) -> str:
     """The prompt and how the model goes on."""
-    import dsjax
-
-    (text,) = dsjax.generate(
+    (text,) = generate(
         model,
         [PROMPT],
         max_new_tokens=max_new_tokens,

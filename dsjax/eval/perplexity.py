@@ -118,7 +118,8 @@ def evaluate(
     length = min(length, max(map(len, documents)) - 1)
     windows = (w for ids in documents for w in _windows(ids, length, stride))
     nats = 0.0
-    with tqdm(total=tokens, unit=" tokens", disable=not progress) as bar:
+    hidden = None if progress else True  # None: where stderr is no terminal
+    with tqdm(total=tokens, unit=" tokens", disable=hidden) as bar:
         while rows := list(islice(windows, batch)):
             scored = _score(model, rows, shape=(batch, length))
             nats += float(scored.sum())

@@ -1,0 +1,41 @@
+"""The notebooks: paired texts agree, and every cell runs on a tiny budget."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+jupytext = pytest.importorskip("jupytext")
+nbclient = pytest.importorskip("nbclient")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_and_script_agree(path):
+    notebook = jupytext.read(path)
+    script = jupytext.read(path.with_suffix(".py"))
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in script.cells
+    ]
+    assert not any(cell.get("outputs") for cell in notebook.cells), "outputs committed"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    """In an empty directory, by this interpreter, with this source tree."""
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("DSJAX_NOTEBOOK_STEPS", "2")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    monkeypatch.setenv("PYTHONPATH", search)
+    notebook = jupytext.read(path)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert any("largest difference" in str(cell.outputs) for cell in code)
