@@ -68,6 +68,14 @@ def test_dsjax_agrees_everywhere(name, answers):
     agrees(model, tokens, main, mtp)
 
 
+def test_dsjax_agrees_on_a_mesh(answers):
+    """FP8 weights read in parts, experts apart."""
+    directory, _, main, mtp = answers("deepseek_v3_fp8")
+    mesh = dsjax.make_mesh(fsdp=2, expert=4)
+    model = dsjax.load(directory, dtype="float32", mesh=mesh)
+    agrees(model, checkpoints.tokens(CASES["deepseek_v3_fp8"]), main, mtp)
+
+
 def agrees(model, tokens, main, mtp):
     """Logits to the tolerance and choices exactly, MTP's included."""
     assert largest(logits(model, tokens) - main.logits) <= TOLERANCE

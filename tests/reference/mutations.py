@@ -97,7 +97,7 @@ def shift_experts(config: Config, values: Tensors) -> None:
 
 
 def rotate_halves(config: Config, values: Tensors) -> None:
-    """Rotary rows reordered so that half-split rotation would be right."""
+    """Rotary rows reordered: rotated as pairs, they act like the originals as halves."""
     rope = config["qk_rope_head_dim"]
     head = config["qk_nope_head_dim"] + rope
     order = np.arange(rope).reshape(2, -1).T.reshape(-1)
