@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, the meshes tests share, and checked array shapes."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda or tpu: on purpose only
 flags = os.environ.get("XLA_FLAGS", "")
@@ -12,8 +13,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Every annotated shape of the model and the kernels is checked while the tests run.
-install_import_hook(["dsjax.nn", "pallas_kernels"], "beartype.beartype")
+# Every annotated shape of the model and the kernels is checked while the tests run; on
+# a borrowed accelerator without the test extra they run unchecked.
+if find_spec("beartype"):
+    install_import_hook(["dsjax.nn", "pallas_kernels"], "beartype.beartype")
 
 from dsjax.sharding import make_mesh  # noqa: E402
 

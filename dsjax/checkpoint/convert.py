@@ -85,7 +85,7 @@ def convert(
             for path in model.shapes
         }
         _copy_chunks(model, arrays, dtypes, out, progress)
-        orbax.finish(work, list(model.shapes))
+        orbax.finish(work / orbax.PARAMS, list(model.shapes))
         copy_companions(source, work)
         description = config_json.Description(
             config=model.config,

@@ -8,6 +8,7 @@ file: its existence tells that it is done. Orbax's own metadata comes last.
 
 import itertools
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,23 +110,23 @@ class Array:
         self.store[region].write(values).result()
 
 
-def finish(work: epath.Path, paths: list[str]) -> None:
-    """Adds Orbax's metadata to `work`/params: until then nothing can restore it.
+def finish(params: epath.Path, paths: list[str]) -> None:
+    """Adds Orbax's metadata to `params`: until then nothing can restore it.
 
     Orbax itself writes it, for a tree of the same names with one number in each place;
     shapes are not part of it, how the arrays are stored is.
     """
-    skeleton, params = work / "skeleton", work / PARAMS
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = nested({path: np.zeros(1, np.float32) for path in paths})
-        checkpointer.save(skeleton.resolve(), tree, force=True)
-    metadata = json.loads((skeleton / "_METADATA").read_text())
+    with tempfile.TemporaryDirectory() as place:
+        skeleton = epath.Path(place) / "skeleton"
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = nested({path: np.zeros(1, np.float32) for path in paths})
+            checkpointer.save(skeleton.resolve(), tree)
+        for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+            if (skeleton / name).exists():
+                (params / name).write_text((skeleton / name).read_text())
+        metadata = json.loads((skeleton / "_METADATA").read_text())
     metadata |= {"use_ocdbt": False, "use_zarr3": True}
-    for name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-        if (skeleton / name).exists():
-            (skeleton / name).copy(params / name, overwrite=True)
     (params / "_METADATA").write_text(json.dumps(metadata))
-    skeleton.rmtree()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def check_space(out: epath.Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed - there:
         raise UserError(
-            f"{out}: {(needed - there) / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+            f"{out}: {(needed - there) / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} are free"
         )
 
 

@@ -96,7 +96,8 @@ def _walk(
     sizes: Array, b: int, step: Callable[[_Block, Array], Array], start: Array
 ) -> Array:
     """Runs `step` for every block in row order, handing its result on."""
-    sizes = sizes.astype(jnp.int32)
+    # XLA for GPUs fails on a loop whose bounds it can evaluate from constant sizes.
+    sizes = jax.lax.optimization_barrier(sizes.astype(jnp.int32))
     row_ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // b))
 
     def body(i: Array, carry: Array) -> Array:

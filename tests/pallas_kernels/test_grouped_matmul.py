@@ -1,5 +1,6 @@
 """The grouped matmul against a loop over groups, and the work it compiles to."""
 
+import inspect
 import re
 
 import jax
@@ -74,6 +75,7 @@ def test_bfloat16_accumulates_in_float32(rng):
     np.testing.assert_allclose(np.float64(got), expected, rtol=2**-8, atol=1e-2)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads XLA:CPU's program")
 def test_compiled_work_follows_the_rows():
     """At 64 experts: FLOPs of the loop body, times its blocks, against rows alone."""
     rows, groups, inner, outer = 4096, 64, 64, 128
@@ -100,7 +102,7 @@ def test_compiled_work_follows_the_rows():
 )
 def test_bad_shapes_are_named(x, w, sizes, message):
     with pytest.raises(ValueError, match=message):
-        grouped_matmul.__wrapped__(
+        inspect.unwrap(grouped_matmul)(  # beneath the shape check of the tests
             jnp.zeros(x), jnp.zeros(w), jnp.zeros(sizes, jnp.int32)
         )
 
