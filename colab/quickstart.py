@@ -152,7 +152,7 @@ image = right.imshow(
     load / load.mean(axis=1, keepdims=True), vmin=0, vmax=2, cmap="coolwarm"
 )
 right.set(xlabel="expert", yticks=range(3), yticklabels=["MoE 1", "MoE 2", "MTP"])
-right.set_title("expert load / mean")
+_ = right.set_title("expert load / mean")
 # %% [markdown]
 # **Save, export, convert back.** Orbax on disk, then the tensors and names that
 # transformers and vLLM read, then Orbax again: the logits stay the same to the bit.
@@ -184,7 +184,7 @@ print(
 )
 
 # %% [markdown]
-# **Generate.** Greedy below temperature 0; the latent cache keeps 80 values a token.
+# **Generate.** The cache keeps 80 values a token and layer, whatever the number of heads.
 
 # %%
 (text,) = dsjax.generate(

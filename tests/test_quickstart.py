@@ -65,14 +65,14 @@ def test_an_existing_directory_is_refused_before_any_work(finished):
 
 
 def test_training_stops_when_its_time_is_over(monkeypatch, capsys):
-    """A clock that runs 100 s a step: the cap of 210 s ends training after 4 steps."""
+    """A clock that runs 100 s a step: the cap of 185 s ends training after 4 steps."""
     zeros = np.zeros
     metrics = Metrics(
         loss=zeros(()),
         mtp_loss=zeros(()),
         balance_loss=zeros(()),
         gradient_norm=zeros(()),
-        load_LE=zeros((2, 16)),
+        load_LE=zeros((2, 8)),
         max_violation_L=zeros(2),
     )
     clock = iter(range(0, 10**6, 100))
