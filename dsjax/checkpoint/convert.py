@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
@@ -29,6 +28,7 @@ from dsjax.checkpoint.safetensors import (
 )
 from dsjax.checkpoint.streaming import (
     Region,
+    float_dtype,
     ordered,
     progress_bar,
     size,
@@ -100,8 +100,9 @@ def _target_dtypes(
 ) -> dict[str, np.dtype]:
     if dtype is None:
         return stored
+    wanted = float_dtype(dtype)
     return {
-        path: kept if path.endswith("router.bias_E") else jnp.dtype(dtype)
+        path: kept if path.endswith("router.bias_E") else wanted
         for path, kept in stored.items()
     }
 

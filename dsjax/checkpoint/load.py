@@ -27,6 +27,7 @@ from dsjax.checkpoint.hf import HfSource, array_shapes
 from dsjax.checkpoint.orbax import PARAMS, OrbaxSource
 from dsjax.checkpoint.streaming import (
     Region,
+    float_dtype,
     ordered,
     progress_bar,
     size,
@@ -87,8 +88,9 @@ def load(
     blocks are dequantised straight to it, without a bfloat16 between.
     mesh: by default the mesh of ones. Raises UserError for what `convert` refuses, too.
     """
+    asked = None if dtype is None else float_dtype(dtype)
     source = open_source(epath.Path(path))
-    dtype = source.dtypes["embedding_VD"] if dtype is None else dtype
+    dtype = source.dtypes["embedding_VD"] if asked is None else asked
     model = Transformer.abstract(
         source.config, mesh=mesh, sharding=sharding, dtype=dtype, param_dtype=dtype
     )
