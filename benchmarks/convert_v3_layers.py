@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from dsjax.checkpoint import fp8, hf_config, table
+from dsjax.checkpoint import fp8, hf_config_write, table
 from dsjax.checkpoint.hf import array_shapes
 from dsjax.checkpoint.safetensors import INDEX, Planned, Writer, index_json, plan_shards
 from dsjax.config import ModelConfig, Segment
@@ -41,7 +41,8 @@ from dsjax.checkpoint import convert, export
 begin = time.perf_counter()
 {"convert": convert, "export": export}[sys.argv[1]](sys.argv[2], sys.argv[3])
 seconds = time.perf_counter() - begin
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 """
 
 
@@ -75,7 +76,7 @@ def make(directory: Path) -> int:
     config = two_layers()
     directory.mkdir(parents=True)
     quantised = {"quant_method": "fp8", "weight_block_size": list(BLOCK)}
-    values = hf_config.write(config, dtype="bfloat16")
+    values = hf_config_write.write(config, dtype="bfloat16")
     values |= {"quantization_config": quantised}
     (directory / "config.json").write_text(json.dumps(values))
     shards = plan_shards(planned_tensors(config))
@@ -140,7 +141,7 @@ def measure(step: str, source: Path, out: Path) -> dict[str, float]:
     arguments = [sys.executable, "-c", STEP, step, str(source), str(out)]
     begin = time.perf_counter()
     printed = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True)
-    seconds, peak = map(float, printed.stdout.split()[-2:])
+    seconds, processor, peak = map(float, printed.stdout.split()[-3:])
     seconds += timed(os.sync)
     whole = time.perf_counter() - begin
     bytes_out = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
@@ -153,6 +154,7 @@ def measure(step: str, source: Path, out: Path) -> dict[str, float]:
         "gb_out": bytes_out / 1e9,
         "seconds": seconds,
         "seconds_with_start": whole,
+        "processor_seconds": processor,
         "mb_per_second": (bytes_in + bytes_out) / 1e6 / seconds,
         "peak_gib": peak / 2**30,
         "raw_read_seconds": reading,
@@ -183,6 +185,7 @@ def machine() -> dict[str, str | float]:
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
         "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
         **{name: version(name) for name in names},
     }

@@ -10,13 +10,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from dsjax.checkpoint import config_json, hf_config, orbax, table
+from dsjax.checkpoint import config_json, hf_config_write, orbax, table
 from dsjax.checkpoint.hf import HfSource, array_shapes
 from dsjax.checkpoint.orbax import CHUNK_BYTES, OrbaxSource
 from dsjax.checkpoint.safetensors import (
@@ -29,6 +28,7 @@ from dsjax.checkpoint.safetensors import (
 )
 from dsjax.checkpoint.streaming import (
     Region,
+    float_dtype,
     ordered,
     progress_bar,
     size,
@@ -100,8 +100,9 @@ def _target_dtypes(
 ) -> dict[str, np.dtype]:
     if dtype is None:
         return stored
+    wanted = float_dtype(dtype)
     return {
-        path: kept if path.endswith("router.bias_E") else jnp.dtype(dtype)
+        path: kept if path.endswith("router.bias_E") else wanted
         for path, kept in stored.items()
     }
 
@@ -187,7 +188,7 @@ def export(
         *table.tensors(model.config, shapes),
         *table.copies(model.config, shapes),
     ]
-    published = hf_config.write(
+    published = hf_config_write.write(
         model.config,
         dtype=dtypes[table.EMBEDDING.path].name,
         source=_with_token_ids(source, model.description.published),

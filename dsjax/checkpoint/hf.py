@@ -15,7 +15,7 @@ from etils import epath
 from dsjax.checkpoint import fp8, hf_config, table
 from dsjax.checkpoint.config_json import read_json
 from dsjax.checkpoint.safetensors import NAMES, Stored, open_directory
-from dsjax.checkpoint.streaming import Region, cast, size
+from dsjax.checkpoint.streaming import FLOATS, Region, cast, size
 from dsjax.config import ModelConfig
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
@@ -23,7 +23,6 @@ from dsjax.nn.weights import flat
 
 log = logging.getLogger("dsjax")
 BF16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = tuple(map(np.dtype, (np.float32, np.float16, BF16, fp8.E4M3)))
 IGNORED = ".rotary_emb.inv_freq"  # a buffer that old checkpoints stored
 COMPARED_PIECES, PIECE_BYTES = 64, 1 << 16
 
@@ -206,7 +205,7 @@ def _check_shapes(
             raise UserError(
                 f"{name}: shape {list(found.shape)}, expected {list(tensor.shape)}"
             )
-        if found.dtype not in FLOATS:
+        if found.dtype not in (*FLOATS, fp8.E4M3):
             raise UserError(f"{name}: dtype {NAMES[found.dtype]} is not supported")
         if found.dtype != fp8.E4M3:
             continue

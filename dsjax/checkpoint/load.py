@@ -27,6 +27,7 @@ from dsjax.checkpoint.hf import HfSource, array_shapes
 from dsjax.checkpoint.orbax import PARAMS, OrbaxSource
 from dsjax.checkpoint.streaming import (
     Region,
+    float_dtype,
     ordered,
     progress_bar,
     size,
@@ -83,11 +84,13 @@ def load(
 ) -> Transformer:
     """A Transformer from a Hugging Face or a dsjax directory, on the mesh.
 
-    dtype: of weights and computation; None is the dtype of the stored embedding.
+    dtype: of weights and computation; None is the dtype of the stored embedding. FP8
+    blocks are dequantised straight to it, without a bfloat16 between.
     mesh: by default the mesh of ones. Raises UserError for what `convert` refuses, too.
     """
+    asked = None if dtype is None else float_dtype(dtype)
     source = open_source(epath.Path(path))
-    dtype = source.dtypes["embedding_VD"] if dtype is None else dtype
+    dtype = source.dtypes["embedding_VD"] if asked is None else asked
     model = Transformer.abstract(
         source.config, mesh=mesh, sharding=sharding, dtype=dtype, param_dtype=dtype
     )
@@ -137,18 +140,29 @@ def assemble(
     with progress_bar("load", total, show=progress) as bar:
         for slab, values in jobs:
             place = places[slab.path]
-            shard = place.sharding.shard_shape(place.shape)
-            for device, part, start in slab.parts:
-                piece = jax.device_put(values[part], device)
-                if not slab.whole:
-                    if device not in buffers:
-                        buffers[device] = jnp.zeros(shard, slab.dtype, device=device)
-                    piece = _place(buffers[device], piece, start)
-                buffers[device] = piece
+            _put(slab, values, buffers, place.sharding.shard_shape(place.shape))
             bar.update(values.nbytes)
             if slab.last:
                 yield slab.path, _join(place, buffers)
                 buffers = {}
+
+
+def _put(
+    slab: _Slab,
+    values: np.ndarray,
+    buffers: dict[jax.Device, jax.Array],
+    shard: tuple[int, ...],
+) -> None:
+    """Gives each device its part: the whole shard, or a piece put into its place."""
+    with jax.set_mesh(None):  # one device at a time, whatever mesh the caller entered
+        for device, part, start in slab.parts:
+            piece = jax.device_put(values[part], device)
+            if not slab.whole:
+                if device not in buffers:
+                    buffers[device] = jnp.zeros(shard, slab.dtype, device=device)
+                piece = _place(buffers[device], piece, start)
+                jax.block_until_ready(piece)  # or slabs would pile up
+            buffers[device] = piece
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.typing import DTypeLike
 from tqdm import tqdm
+
+from dsjax.errors import UserError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Region = tuple[slice, ...]  # one slice with start and stop for each dimension
+FLOATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 LOCAL_WORKERS, REMOTE_WORKERS = 4, 16  # object stores answer slowly, but many at once
 
 
@@ -60,6 +65,18 @@ def progress_bar(label: str, total: int, *, done: int = 0, show: bool = True) ->
 def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """`array` in `dtype`, without a copy when it is already."""
     return array.astype(dtype, copy=False)
+
+
+def float_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype that weights are asked for in. Raises UserError for no float of ours."""
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = None
+    if known not in FLOATS:
+        names = ", ".join(kind.name for kind in FLOATS)
+        raise UserError(f"dtype {dtype!r} is not one of {names}")
+    return known
 
 
 def whole(shape: tuple[int, ...]) -> Region:

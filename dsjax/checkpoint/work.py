@@ -70,7 +70,7 @@ def partial_directory(out: epath.Path, digest: str) -> Iterator[epath.Path]:
     check_absent(out)
     partial = partial_path(out)
     record = partial / RECORD
-    with _full_disk_is_the_users(partial):
+    with _storage_is_the_users(partial):
         if partial.exists() and any(partial.iterdir()):
             if not record.exists() or record.read_text() != digest:
                 raise UserError(
@@ -85,18 +85,19 @@ def partial_directory(out: epath.Path, digest: str) -> Iterator[epath.Path]:
 
 
 @contextmanager
-def _full_disk_is_the_users(partial: epath.Path) -> Iterator[None]:
-    """Turns a full disk or quota, seen by Python or by tensorstore, into one line."""
+def _storage_is_the_users(partial: epath.Path) -> Iterator[None]:
+    """Turns what the storage refuses, seen by Python or tensorstore, into one line."""
     try:
         yield
     except Exception as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         told = ("No space left on device", "Disk quota exceeded")
-        if not full and not any(text in str(error) for text in told):
-            raise
-        raise UserError(
-            f"{partial}: the disk is full; make room and run again to go on from here"
-        ) from error
+        if full or any(text in str(error) for text in told):
+            message = "the disk is full; make room and run again to go on from here"
+            raise UserError(f"{partial}: {message}") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{partial}: cannot go on: {error}") from error
+        raise
 
 
 def copy_companions(source: epath.Path, target: epath.Path) -> None:

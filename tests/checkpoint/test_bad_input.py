@@ -292,3 +292,22 @@ def test_damaged_orbax_directory(tmp_path):
     (tmp_path / "out" / "params" / "_METADATA").unlink()
     with pytest.raises(UserError, match="not a whole checkpoint"):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int8"])
+def test_unknown_dtype(tmp_path, dtype):
+    source = published.make(tmp_path / "hf", "llama")
+    for action in (
+        lambda: convert(source, tmp_path / "out", dtype=dtype),
+        lambda: load(source, dtype=dtype),
+    ):
+        with pytest.raises(UserError, match=f"{dtype}.*bfloat16"):
+            action()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_storage_that_refuses(tmp_path):
+    """An output below a file: one line, not a traceback."""
+    source = published.make(tmp_path / "hf", "llama")
+    with pytest.raises(UserError, match="cannot go on"):
+        convert(source, tmp_path / "hf" / "config.json" / "out", progress=False)

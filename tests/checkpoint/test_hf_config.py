@@ -1,12 +1,13 @@
 """config.json in both published forms, what is refused, and what export writes."""
 
 import json
+from dataclasses import replace
 
 import published
 import pytest
 
 from dsjax import models
-from dsjax.checkpoint import config_json, hf_config
+from dsjax.checkpoint import config_json, hf_config, hf_config_write
 from dsjax.config import Groups, GroupScore, Llama3, Mla, Score, Yarn
 from dsjax.errors import UserError
 
@@ -98,7 +99,7 @@ def test_published_v2_lite_is_ours():
 @pytest.mark.parametrize("name", models.names())
 def test_every_model_comes_back(name):
     config = models.get(name)
-    values = json.loads(json.dumps(hf_config.write(config, dtype="bfloat16")))
+    values = json.loads(json.dumps(hf_config_write.write(config, dtype="bfloat16")))
     assert hf_config.read(values, name=config.name) == config
     assert (
         config_json.decode(json.loads(json.dumps(config_json.encode(config)))) == config
@@ -106,20 +107,20 @@ def test_every_model_comes_back(name):
 
 
 def test_published_keys_are_kept():
-    values = hf_config.write(models.v3(), dtype="bfloat16", source=V3)
+    values = hf_config_write.write(models.v3(), dtype="bfloat16", source=V3)
     dropped = {key: V3[key] for key in V3 if key != "quantization_config"}
     assert values == dropped | {"dtype": "bfloat16"}
 
 
 def test_a_changed_model_is_written_as_it_is():
     """The source's other keys stay, what it no longer says rightly is replaced."""
-    values = hf_config.write(models.v2_lite(), dtype="float32", source=V3)
+    values = hf_config_write.write(models.v2_lite(), dtype="float32", source=V3)
     assert hf_config.read(values, name="v2_lite") == models.v2_lite()
     assert values["eos_token_id"] == 1 and values["ep_size"] == 1
 
 
 def test_token_ids_are_not_left_to_defaults():
-    values = hf_config.write(models.tiny_v3(), dtype="float32")
+    values = hf_config_write.write(models.tiny_v3(), dtype="float32")
     assert values["bos_token_id"] is None and values["eos_token_id"] is None
 
 
@@ -131,7 +132,7 @@ def test_as_transformers_5_writes_it(tmp_path, name):
     """transformers loads ours; what it then writes (rope_parameters) is read the same."""
     transformers = pytest.importorskip("transformers")
     config = models.get(name)
-    values = hf_config.write(config, dtype="float32")
+    values = hf_config_write.write(config, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert str(loaded.dtype) == "torch.float32"
@@ -224,3 +225,28 @@ def test_missing_keys_are_named(key):
     del values[key]
     with pytest.raises(UserError, match=key):
         hf_config.read(values, name="x")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": "wide"}, {"rope_scaling": [1]}, {"n_routed_experts": "8"}],
+    ids=str,
+)
+def test_values_of_the_wrong_kind(changes):
+    with pytest.raises(UserError, match=r"wrong kind|not a number") as error:
+        hf_config.read(published.config("deepseek_v2") | changes, name="x")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(models.tiny_v2(), mtp=True),
+        replace(models.tiny_v3(), segments=models.tiny_v3().segments[::-1]),
+        replace(models.tiny_v3(), segments=models.tiny_moe_16b().segments, mtp=True),
+    ],
+    ids=["V2 with MTP", "MoE before dense", "MTP without selection bias"],
+)
+def test_what_no_published_type_expresses(config):
+    with pytest.raises(UserError, match="no published model_type"):
+        hf_config_write.write(config, dtype="float32")
