@@ -4,9 +4,13 @@ import os
 from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda or tpu: on purpose only
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
+# Tests compile much and compute little: LLVM need not try hard.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -15,8 +15,8 @@ def token_losses(
 ) -> Float[Array, "B T"]:
     """-log p(target) of every position, float32 whatever the logits are.
 
-    The gradient, softmax minus one-hot, is written out so that it is computed once:
-    left to itself, XLA recomputes it for each of the products that need it.
+    The gradient, softmax minus one-hot, is written out: nothing of size [B, T, V] but
+    the logits is kept for it, and the pick by index needs no scatter.
     """
     return _forward(logits_BTV, targets_BT)[0]
 
@@ -31,10 +31,8 @@ def _forward(logits_BTV: Array, targets_BT: Array) -> tuple[Array, tuple]:
 def _backward(saved: tuple, gradient_BT: Array) -> tuple[Array, None]:
     logits_BTV, lse_BT, targets_BT = saved
     softmax_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - lse_BT[..., None])
-    logit_BTV = (softmax_BTV - _one_hot(targets_BT, softmax_BTV)) * gradient_BT[
-        ..., None
-    ]
-    return jax.lax.optimization_barrier(logit_BTV.astype(logits_BTV.dtype)), None
+    softmax_BTV -= _one_hot(targets_BT, softmax_BTV)
+    return (softmax_BTV * gradient_BT[..., None]).astype(logits_BTV.dtype), None
 
 
 token_losses.defvjp(_forward, _backward)
