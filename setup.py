@@ -56,7 +56,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "test": TEST,
         "notebook": ["ipykernel", "jupytext", "nbclient", "nbformat"],
-        "eval": ["psutil"],
+        "eval": [],  # perplexity needs nothing more
     },
     entry_points={"console_scripts": ["dsjax = dsjax.cli:main"]},
 )
