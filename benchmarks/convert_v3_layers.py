@@ -7,7 +7,7 @@ Makes one dense and one MoE layer of V3 (FP8 in blocks of 128 x 128, a vocabular
 whose peak resident memory is read at its end. Beside every step stands what reading and
 writing the same numbers of bytes takes on the same disk, in the same run: plain files,
 nothing computed. Caches are dropped before every timing. About 12 GB in and 23 GB out:
-needs 50 GB of disk, which it frees at the end.
+needs 55 GB of disk, which it frees at the end.
 """
 
 import argparse
@@ -118,13 +118,19 @@ def raw_read(directory: Path) -> None:
 
 
 def raw_write(path: Path, nbytes: int) -> None:
-    """Writes so many bytes to one file and waits until the disk has them."""
+    """Writes so many bytes and waits until the disk has them.
+
+    In files of 4 GiB, each removed before the next, to need little room.
+    """
     random = np.random.default_rng(0).integers(0, 255, PIECE, np.uint8)
-    with path.open("wb", buffering=0) as file:
-        for start in range(0, nbytes, PIECE):
-            file.write(random[: min(PIECE, nbytes - start)])
-        os.fsync(file.fileno())
-    path.unlink()
+    while nbytes > 0:
+        part = min(nbytes, 64 * PIECE)
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, part, PIECE):
+                file.write(random[: min(PIECE, part - start)])
+            os.fsync(file.fileno())
+        path.unlink()
+        nbytes -= part
 
 
 def timed(run: Callable[[], object]) -> float:

@@ -65,7 +65,7 @@ def test_an_existing_directory_is_refused_before_any_work(finished):
 
 
 def test_training_stops_when_its_time_is_over(monkeypatch, capsys):
-    """A clock that runs 100 s a step: the cap of 185 s ends training after 4 steps."""
+    """A clock that runs 100 s a step: the cap of 200 s ends training within 4 steps."""
     zeros = np.zeros
     metrics = Metrics(
         loss=zeros(()),
@@ -83,7 +83,7 @@ def test_training_stops_when_its_time_is_over(monkeypatch, capsys):
     model = Transformer.create(qs.model_config(SETTINGS), seed=0)
     corpus = Corpus(tokens=np.arange(2000) % 300, starts=np.zeros(1, int))
     history = qs.train(model, Windows(corpus, length=32), settings=SETTINGS, steps=50)
-    assert 2 <= len(history.loss) <= 5
+    assert 1 <= len(history.loss) <= 4
     assert "stopping early" in capsys.readouterr().out
 
 
