@@ -56,7 +56,7 @@ class Settings:
     vocab_size: int = 2048
     length: int = 256
     batch_size: int = 4
-    steps: int = 850
+    steps: int = 750
     warmup: int = 60
     peak_rate: float = 4e-3
     max_seconds: float = 200.0  # of training: a slower machine stops early, and says so
