@@ -1,7 +1,8 @@
 """The command `dsjax`: parse, call, print.
 
-Every command imports what it needs when it runs, so that `--help` is quick. A mistake of the user's is one line on
-stderr and exit code 2; an interrupt is 130. With `--json`, stdout holds one JSON object and nothing else.
+Every command imports what it needs when it runs, so that `--help` is quick. A mistake
+of the user's is one line on stderr and exit code 2; an interrupt is 130. With `--json`,
+stdout holds one JSON object and nothing else.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from pathlib import Path
 import dsjax
 from dsjax.errors import UserError
 
-# Device files of NVIDIA GPUs (dxg: under Windows), TPUs (two generations of driver) and AMD GPUs.
+# Device files of NVIDIA GPUs (dxg: under Windows), of TPUs (two generations of driver)
+# and of AMD GPUs.
 ACCELERATORS = ("nvidia*", "dxg", "accel*", "vfio/[0-9]*", "kfd")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help ends with an example and whose errors are one line like all others."""
+    """A parser whose help ends with an example and whose errors are one line."""
 
     def __init__(self, *, example: str, **kwargs) -> None:
         super().__init__(
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _explain(error: Exception) -> str | None:
-    """One line for what the user or the machine did; None for what is a defect of the program."""
+    """One line for what the user or the machine did; None for a defect of ours."""
     match error:
         case UserError():
             return str(error)
@@ -70,7 +72,7 @@ def _explain(error: Exception) -> str | None:
 
 
 def _stay_on_cpu_without_accelerator() -> None:
-    """Spare the user the complaints of JAX's TPU and GPU plug-ins where there is neither."""
+    """Without an accelerator, spare the user the complaints of JAX's plug-ins."""
     devices = Path("/dev")
     if sys.platform == "linux" and not any(
         match for pattern in ACCELERATORS for match in devices.glob(pattern)
@@ -106,7 +108,7 @@ def _command(
     command = commands.add_parser(
         run.__name__.strip("_"),
         help=run.__doc__.partition(".")[0],
-        description=run.__doc__,
+        description=" ".join(run.__doc__.split()),
         example=example,
     )
     command.set_defaults(run=run)
@@ -123,7 +125,10 @@ def _positive(text: str) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    """Train a tiny V3 on the standard library's source, save, export, convert back, evaluate, generate."""
+    """Train a tiny V3, save, export, convert back, evaluate, generate.
+
+    The text is the Python standard library's own source.
+    """
     from dsjax.quickstart import quickstart
 
     quickstart(out=args.out, steps=args.steps, force=args.force)
@@ -142,7 +147,10 @@ def _add_quickstart(commands: argparse._SubParsersAction) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    """Count a model's parameters, cache bytes and FLOPs a token, from its configuration alone."""
+    """Count a model's parameters, cache bytes and FLOPs a token.
+
+    Its configuration is enough; no weight is read.
+    """
     from dsjax import count
 
     config = count.find(args.model)
@@ -166,7 +174,10 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    """Convert a Hugging Face checkpoint into an Orbax one. FP8 blocks are dequantised on the way."""
+    """Convert a Hugging Face checkpoint into an Orbax one.
+
+    FP8 blocks are dequantised on the way.
+    """
     from dsjax import checkpoint
 
     checkpoint.convert(args.hf_dir, args.out, dtype=args.dtype)
@@ -182,7 +193,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    """Export an Orbax checkpoint as a Hugging Face one. Whatever reads safetensors reads it."""
+    """Export an Orbax checkpoint as a Hugging Face one.
+
+    Whatever reads safetensors reads it.
+    """
     from dsjax import checkpoint
 
     checkpoint.export(args.orbax_dir, args.out, dtype=args.dtype)
@@ -225,7 +239,10 @@ def _load(args: argparse.Namespace):
 
 
 def _generate(args: argparse.Namespace) -> None:
-    """Continue a prompt, or answer it. The text appears as it is made."""
+    """Continue a prompt, or answer it.
+
+    The text appears as it is made.
+    """
     from dsjax.decode.generate import stream
 
     model = _load(args)
@@ -248,7 +265,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command = _command(
         commands,
         _generate,
-        example="dsjax generate v2-lite --chat --prompt 'Why is the sky blue?' --temperature 0.6 --top-p 0.95",
+        example="dsjax generate v2-lite --chat --prompt 'Why is the sky blue?' "
+        "--temperature 0.6 --top-p 0.95",
     )
     _add_model(command)
     command.add_argument("--prompt", required=True)
@@ -266,7 +284,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    """Measure a model on text files. Prints nats and bits a byte, and perplexity a token."""
+    """Measure a model on text files.
+
+    Prints nats and bits a byte, and perplexity a token.
+    """
     from dsjax.eval import perplexity
 
     texts = perplexity.read(args.data)  # a wrong path shows before a model is loaded

@@ -1,9 +1,11 @@
 """The architecture of every model of the family, as one frozen record.
 
-A `ModelConfig` is a stack of `Segment`s: runs of equal layers. Attention is `Gqa` or `Mla`, a segment's feed-forward is
-`Dense` or `Moe`; code matches on these types and on nothing else. Published values are in `dsjax.models`.
+A `ModelConfig` is a stack of `Segment`s: runs of equal layers. Attention is `Gqa` or
+`Mla`, a segment's feed-forward is `Dense` or `Moe`; code matches on these types and on
+nothing else. Published values are in `dsjax.models`.
 
-References: DeepSeek LLM (arXiv 2401.02954), DeepSeekMoE (2401.06066), V2 (2405.04434), V3 (2412.19437).
+References: DeepSeek LLM (arXiv 2401.02954), DeepSeekMoE (2401.06066), V2 (2405.04434),
+V3 (2412.19437).
 """
 
 import enum
@@ -15,7 +17,7 @@ from dsjax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """YaRN context extension (arXiv 2309.00071), as V2 and V3 use it (V2, section 3.1.4)."""
+    """YaRN context extension (arXiv 2309.00071), as in V2 (section 3.1.4) and V3."""
 
     factor: float
     original_length: int = 4096
@@ -32,7 +34,10 @@ class Yarn:
 
     @property
     def rotation_scale(self) -> float:
-        """What cos and sin are multiplied with: exactly 1 when both mscales agree, as in every published model."""
+        """What cos and sin are multiplied with.
+
+        Exactly 1 when both mscales agree, as in every published model.
+        """
         if not self.mscale or not self.mscale_all_dim:
             return self._magnitude(self.factor, 1.0)
         return self._magnitude(self.factor, self.mscale) / self._magnitude(
@@ -41,7 +46,10 @@ class Yarn:
 
     @property
     def softmax_scale(self) -> float:
-        """mscale squared: what the softmax scale 1 / sqrt(head size) is multiplied with (1.8739 for V3)."""
+        """What the softmax scale 1 / sqrt(head size) is multiplied with.
+
+        The square of mscale: 1.8739 for V3.
+        """
         return self._magnitude(self.factor, self.mscale_all_dim) ** 2
 
 
@@ -57,7 +65,10 @@ class Llama3:
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding. `interleaved`: rotated pairs are neighbours (V2, V3), not halves (LLM, MoE, Llama)."""
+    """Rotary position embedding.
+
+    `interleaved`: rotated pairs are neighbours (V2, V3), not halves (LLM, MoE, Llama).
+    """
 
     theta: float = 10000.0
     interleaved: bool = False
@@ -77,7 +88,8 @@ class Gqa:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}"
+                f"num_kv_heads={self.num_kv_heads} must divide "
+                f"num_heads={self.num_heads}"
             )
 
     @property
@@ -88,7 +100,10 @@ class Gqa:
 
 @dataclass(frozen=True, kw_only=True)
 class Mla:
-    """Multi-head latent attention (V2, section 2.1). `q_rank=None`: queries are projected directly (V2-Lite)."""
+    """Multi-head latent attention (V2, section 2.1).
+
+    `q_rank=None`: queries are projected directly (V2-Lite).
+    """
 
     num_heads: int
     kv_rank: int
@@ -100,12 +115,15 @@ class Mla:
 
     @property
     def cache_values_per_token(self) -> int:
-        """Values that one layer keeps for one token: the latent and the shared rotary key, nothing per head."""
+        """Values that one layer keeps for one token.
+
+        The latent and the rotary key that all heads share; nothing per head.
+        """
         return self.kv_rank + self.rope_dim
 
     @property
     def query_dim(self) -> int:
-        """Size of a head's query and key: the part without position, then the rotary part."""
+        """Size of a head's query and key: without position, then rotary."""
         return self.nope_dim + self.rope_dim
 
 
@@ -125,7 +143,7 @@ class GroupScore(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Group-limited routing: a token's experts come from the `kept` best of `count` groups."""
+    """Group-limited routing: only the `kept` best of `count` groups are used."""
 
     count: int
     kept: int
@@ -141,11 +159,11 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """Fine-grained routed experts beside always-on shared ones (DeepSeekMoE, section 3).
+    """Fine-grained routed experts beside shared ones (DeepSeekMoE, section 3).
 
-    `renormalize` divides the chosen affinities by their sum (V3); `scale` multiplies the routed weights.
-    `selection_bias` adds a learnt-by-balancing bias to the affinities for the choice only, never for the weights
-    (V3, section 2.1.2).
+    `renormalize` divides the chosen affinities by their sum (V3); `scale` multiplies
+    the routed weights. `selection_bias` adds a learnt-by-balancing bias to the
+    affinities for the choice only, never for the weights (V3, section 2.1.2).
     """
 
     num_experts: int
@@ -168,19 +186,23 @@ class Moe:
         size, rest = divmod(self.num_experts, self.groups.count)
         if rest:
             raise UserError(
-                f"groups.count={self.groups.count} must divide num_experts={self.num_experts}"
+                f"groups.count={self.groups.count} must divide "
+                f"num_experts={self.num_experts}"
             )
         if not 0 < self.groups.kept <= self.groups.count:
             raise UserError(
-                f"groups.kept={self.groups.kept} must be from 1 to groups.count={self.groups.count}"
+                f"groups.kept={self.groups.kept} must be from 1 to "
+                f"groups.count={self.groups.count}"
             )
         if self.groups.kept * size < self.top_k:
             raise UserError(
-                f"{self.groups.kept} groups of {size} experts hold fewer than top_k={self.top_k}"
+                f"{self.groups.kept} groups of {size} experts hold fewer than "
+                f"top_k={self.top_k}"
             )
         if self.groups.score is GroupScore.TOP2_SUM and size < 2:
             raise UserError(
-                f"TOP2_SUM needs two experts a group: {self.num_experts} experts, {self.groups.count} groups"
+                f"TOP2_SUM needs two experts a group: {self.num_experts} experts, "
+                f"{self.groups.count} groups"
             )
 
 
@@ -196,9 +218,10 @@ class Segment:
 class ModelConfig:
     """One decoder-only Transformer of the family.
 
-    `init_std` is the standard deviation of every weight at the start of training: 0.006 for all published models (the
-    0.02 of the published config.json files was never trained with). `mtp` adds V3's multi-token prediction module,
-    one more layer of the last segment's kind.
+    `init_std` is the standard deviation of every weight at the start of training: 0.006
+    for all published models (the 0.02 of the published config.json files was never
+    trained with). `mtp` adds V3's multi-token prediction module, one more layer of the
+    last segment's kind.
     """
 
     name: str
@@ -218,7 +241,7 @@ class ModelConfig:
         return sum(segment.count for segment in self.segments)
 
     def locate(self, layer: int) -> tuple[int, int]:
-        """(segment, index inside it) of a layer counted from 0 through the whole model."""
+        """(segment, index inside it) of a layer counted through the whole model."""
         for number, segment in enumerate(self.segments):
             if layer < segment.count:
                 return number, layer

@@ -2,7 +2,8 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a path, a flag, a checkpoint. Its message is one clear line with the values.
+    """A mistake in what the user gave: a path, a flag, a checkpoint.
 
-    The command line prints it without a traceback and exits with code 2; in Python it is an ordinary ValueError.
+    Its message is one clear line with the values. The command line prints it without a
+    traceback and exits with code 2; in Python it is an ordinary ValueError.
     """

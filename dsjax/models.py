@@ -1,7 +1,8 @@
 """The published models by name, each with a `tiny_` twin of the same structure.
 
-Sources: the papers' configuration sections and the published config.json files. Every function returns a fresh frozen
-`ModelConfig`; `get("v3")` looks one up by name, `names()` lists them.
+Sources: the papers' configuration sections and the published config.json files. Every
+function returns a fresh frozen `ModelConfig`; `get("v3")` looks one up by name,
+`names()` lists them.
 """
 
 import math
@@ -26,7 +27,7 @@ from dsjax.errors import UserError
 
 
 def small_init_std(d_model: int) -> float:
-    """V3's 0.006 carried over to another width: the standard deviation grows as 1 / sqrt(d_model)."""
+    """V3's 0.006 carried over to another width: it grows as 1 / sqrt(d_model)."""
     return 0.006 * math.sqrt(7168 / d_model)
 
 
@@ -74,7 +75,7 @@ def llm_67b() -> ModelConfig:
 
 
 def moe_2b() -> ModelConfig:
-    """DeepSeekMoE 2B, the validation model: every layer MoE, 1 shared and 63 routed experts, an 8K vocabulary."""
+    """DeepSeekMoE 2B, the validation model: every layer MoE, 1 + 63 experts."""
     return ModelConfig(
         name="moe_2b",
         vocab_size=8192,
@@ -111,7 +112,8 @@ def moe_16b() -> ModelConfig:
 def moe_145b() -> ModelConfig:
     """DeepSeekMoE 145B: 4 shared and 128 routed experts.
 
-    The paper gives no widths; 1408, and 21888 for the dense layer, are what makes its 144.6B total and 22.2B active.
+    The paper gives no widths; 1408, and 21888 for the dense layer, are what makes its
+    144.6B total and 22.2B active.
     """
     return ModelConfig(
         name="moe_145b",
@@ -195,7 +197,10 @@ def v2_lite() -> ModelConfig:
 
 
 def v3() -> ModelConfig:
-    """DeepSeek-V3, and so R1 and R1-Zero: sigmoid routing with selection bias, node-limited groups, one MTP module."""
+    """DeepSeek-V3, and so R1 and R1-Zero.
+
+    Sigmoid routing with a selection bias, node-limited groups, one MTP module.
+    """
     moe = Moe(
         num_experts=256,
         num_shared=1,
@@ -262,7 +267,10 @@ def _qwen(
 
 
 def r1_distill_qwen_1_5b() -> ModelConfig:
-    """R1-Distill-Qwen-1.5B. The distill unties the embeddings that its base ties."""
+    """R1-Distill-Qwen-1.5B.
+
+    The distill unties the embeddings that its base ties.
+    """
     return _qwen(
         "r1_distill_qwen_1_5b",
         layers=28,
@@ -354,11 +362,12 @@ def r1_distill_llama_70b() -> ModelConfig:
 def shrink(
     config: ModelConfig, *, d_model: int = 64, vocab_size: int = 512, width: int = 32
 ) -> ModelConfig:
-    """The same architecture, small: at most 2 layers a segment, 4 heads, 16 experts of `width`.
+    """The same architecture, small: 2 layers a segment, 4 heads, 16 experts of `width`.
 
-    Every kind of part that the original has is kept (latents, groups, bias, shared experts, MTP, rope scaling) and
-    `d_model`, the latents and all widths divide by 8, so that 8 devices can share the weights. The initial standard
-    deviation follows `small_init_std`.
+    Every kind of part that the original has is kept (latents, groups, bias, shared
+    experts, MTP, rope scaling) and `d_model`, the latents and all widths divide by 8,
+    so that 8 devices can share the weights. The initial standard deviation follows
+    `small_init_std`.
     """
     match config.attention:
         case Gqa() as gqa:
@@ -513,13 +522,16 @@ def tiny_r1_distill_llama_70b() -> ModelConfig:
 
 
 def names() -> list[str]:
-    """All names that `get` knows: the published models, their tiny twins, r1 and r1_zero."""
+    """All names that `get` knows: published models, tiny twins, r1 and r1_zero."""
     published = [model.__name__ for model in PUBLISHED]
     return published + [f"tiny_{name}" for name in published] + list(_ALIASES)
 
 
 def get(name: str) -> ModelConfig:
-    """The configuration called `name`; hyphens and dots count as underscores. Raises UserError with the known names."""
+    """The configuration called `name`; hyphens and dots count as underscores.
+
+    Raises UserError with the known names.
+    """
     key = name.lower().replace("-", "_").replace(".", "_")
     key = _ALIASES.get(key, key)
     if key not in names():

@@ -1,11 +1,14 @@
-"""Where every array lives: one frozen record of PartitionSpecs, and the mesh they refer to.
+"""Where every array lives: one frozen record of PartitionSpecs, and the mesh.
 
-The mesh always has the four axes (data, fsdp, expert, tensor), all of Explicit type, so that a mistake in a layout fails
-while tracing. One device is the mesh of ones: there is no second code path.
+The mesh always has the four axes (data, fsdp, expert, tensor), all of Explicit type, so
+that a mistake in a layout fails while tracing. One device is the mesh of ones: there is
+no second code path.
 
-A weight rests cut along `fsdp` (and, outside the experts, along `expert` too), so that all devices share its bytes. It
-is gathered when a layer uses it (`dsjax.nn.weights.use`). The other axes stay: `tensor` cuts heads, feed-forward widths
-and the vocabulary, `expert` cuts the experts. Activations are cut along their batch only.
+A weight rests cut along `fsdp` (and, outside the experts, along `expert` too), so that
+all devices share its bytes. It is gathered when a layer uses it
+(`dsjax.nn.weights.use`). The other axes stay: `tensor` cuts heads, feed-forward widths
+and the vocabulary, `expert` cuts the experts. Activations are cut along their batch
+only.
 """
 
 import math
@@ -26,8 +29,9 @@ BATCH = ("data", "fsdp", "expert")
 class Sharding:
     """PartitionSpecs of weights (by their attribute's letters) and of activations.
 
-    Letters: V vocabulary, D model, N heads, K key-value heads, G query heads of one of them, H head size, Q query
-    latent, L latent, C latent + rotary key, E experts, F feed-forward width, B batch, T length.
+    Letters: V vocabulary, D model, N heads, K key-value heads, G query heads of one of
+    them, H head size, Q query latent, L latent, C latent + rotary key, E experts, F
+    feed-forward width, M two times D, B batch, T length.
     """
 
     embedding_VD: P = P(REST, "tensor")
@@ -62,7 +66,8 @@ def make_mesh(
     tensor: int = 1,
     devices: list[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of data * fsdp * expert * tensor devices; by default the mesh of ones on the first device.
+    """A mesh of data * fsdp * expert * tensor devices; by default the mesh of ones on
+    the first device.
 
     Raises UserError when there are fewer devices than the product of the axes.
     """
@@ -71,7 +76,8 @@ def make_mesh(
     need = math.prod(shape)
     if need > len(devices):
         raise UserError(
-            f"mesh {dict(zip(AXES, shape))} needs {need} devices, {len(devices)} are here"
+            f"mesh {dict(zip(AXES, shape))} needs {need} devices, "
+            f"{len(devices)} are here"
         )
     return jax.make_mesh(
         shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:need]
@@ -79,13 +85,15 @@ def make_mesh(
 
 
 def parse_mesh(text: str) -> Mesh:
-    """A mesh from "fsdp=2,expert=4" (any subset of the axes; an empty text is the mesh of ones)."""
+    """A mesh from "fsdp=2,expert=4" (any subset of the axes; an empty text is the mesh
+    of ones)."""
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")
         if axis not in AXES or not size.isdigit() or int(size) < 1:
             raise UserError(
-                f"mesh item {item!r}: write AXIS=SIZE with AXIS one of {', '.join(AXES)}"
+                f"mesh item {item!r}: write AXIS=SIZE "
+                f"with AXIS one of {', '.join(AXES)}"
             )
         sizes[axis] = int(size)
     return make_mesh(**sizes)
@@ -94,7 +102,8 @@ def parse_mesh(text: str) -> Mesh:
 def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     """`spec` without the axes that do not divide their dimension, last axes first.
 
-    A spec shorter than the shape is one of a single layer: the stacked layers in front of it are never cut.
+    A spec shorter than the shape is one of a single layer: the stacked layers in front
+    of it are never cut.
     """
     spec = (
         (None,) * (len(shape) - len(spec)) + tuple(spec)
