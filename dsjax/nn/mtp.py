@@ -55,8 +55,9 @@ class MultiTokenPrediction(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
         """What the head turns into logits of the token two ahead, and the routing.
 
-        `hidden` is the main model's state after its final norm, `next` the embedding of
-        each position's next token.
+        `hidden` is the main model's state after its final norm: the paper leaves open
+        whether before or after, the engines that draft with the published weights feed
+        it after. `next` is the embedding of each position's next token.
         """
         parts = [self.embedding_norm(next_BTD), self.hidden_norm(hidden_BTD)]
         x_BTD = jnp.einsum(

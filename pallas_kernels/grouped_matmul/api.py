@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import note_reference
 from pallas_kernels.grouped_matmul.reference import blocked
 
 IMPLEMENTATIONS = ("blocked", "ragged_dot")
@@ -24,7 +25,8 @@ def grouped_matmul(
 
     `implementation`: "blocked" is portable and does the work of the rows there are;
     "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
-    elsewhere. None chooses by the platform that is compiled for.
+    elsewhere. None chooses by the platform that is compiled for, and says in one line
+    when that leaves a GPU to plain JAX.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
@@ -32,6 +34,7 @@ def grouped_matmul(
     _check(x_MK, w_GNK, sizes_G)
     match implementation:
         case None:
+            note_reference("grouped_matmul")
             return jax.lax.platform_dependent(
                 x_MK, w_GNK, sizes_G, tpu=ragged_dot, default=blocked
             )
