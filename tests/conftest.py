@@ -17,10 +17,11 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Every annotated shape of the model and the kernels is checked while the tests run; on
-# a borrowed accelerator without the test extra they run unchecked.
+# Annotated shapes are checked while the tests run; on a borrowed accelerator without
+# the test extra they run unchecked.
 if find_spec("beartype"):
-    install_import_hook(["dsjax.nn", "pallas_kernels"], "beartype.beartype")
+    checked = ["dsjax.nn", "dsjax.decode", "pallas_kernels"]
+    install_import_hook(checked, "beartype.beartype")
 
 from dsjax.sharding import make_mesh  # noqa: E402
 

@@ -24,12 +24,12 @@ class Sampling:
     top_p: keep the likeliest tokens until they hold this share of the probability.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float | Array = 0.0
+    top_p: float | Array = 1.0
+    top_k: int | Array = 0
 
     @classmethod
-    def checked(cls, **values: float) -> "Sampling":
+    def checked(cls, **values: float | int) -> "Sampling":
         """Raises UserError for a value out of its range."""
         sampling = cls(**values)
         if not sampling.temperature >= 0:

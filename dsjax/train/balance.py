@@ -39,8 +39,11 @@ def expert_loss(
 
 
 def update_bias(
-    bias_LE: Float[Array, "L E"], load_LE: Float[Array, "L E"], *, speed: float | Array
-) -> Float[Array, "L E"]:
+    bias_LE: Float[Array, "*L E"],
+    load_LE: Float[Array, "*L E"],
+    *,
+    speed: float | Array,
+) -> Float[Array, "*L E"]:
     """V3's balancing without a loss: `speed` (gamma) up for experts below the mean
     load, down for those above.
 

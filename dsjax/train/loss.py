@@ -6,7 +6,7 @@ Letters: B batch, S window (T inputs + 1), T length, V vocabulary. Losses are in
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @jax.custom_vjp
@@ -53,7 +53,7 @@ def _one_hot(targets_BT: Array, like_BTV: Array) -> Array:
 def next_token_loss(
     logits_BTV: Float[Array, "B T V"],
     targets_BT: Int[Array, "B T"],
-    mask_BT: Float[Array, "B T"] | None = None,
+    mask_BT: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy over the positions whose `mask_BT` is 1; all of them without a
     mask.
@@ -77,7 +77,7 @@ def mtp_targets(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B T"]:
 def mtp_loss(
     logits_BTV: Float[Array, "B T V"],
     targets_BT: Int[Array, "B T"],
-    mask_BT: Float[Array, "B T"] | None = None,
+    mask_BT: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """V3's equation 24 for depth 1: cross-entropy summed over the T - 1 inputs that
     have a target, over T.

@@ -30,9 +30,9 @@ def test_next_token_loss(example):
     expected = by_hand(logits, tokens[:, 1:])
     loss = next_token_loss(jnp.asarray(logits), jnp.asarray(tokens[:, 1:]))
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
-    mask = np.random.default_rng(1).integers(0, 2, (B, T))
+    mask = jnp.asarray(np.random.default_rng(1).integers(0, 2, (B, T)), bool)
     masked = next_token_loss(jnp.asarray(logits), jnp.asarray(tokens[:, 1:]), mask)
-    np.testing.assert_allclose(masked, expected[mask == 1].mean(), rtol=1e-6)
+    np.testing.assert_allclose(masked, expected[np.asarray(mask)].mean(), rtol=1e-6)
 
 
 def test_float32_whatever_the_logits_are(example):
