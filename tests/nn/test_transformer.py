@@ -131,7 +131,6 @@ def test_cached_decode_equals_full_forward(name, sizes):
 def test_documents_do_not_mix():
     model = random_model("tiny_v3")
     tokens = random_tokens(model, rows=1)
-    segments = np.repeat([[1, 2]], 12, axis=1).reshape(1, 2, 12)
     segments = np.concatenate([np.full((1, 12), 1), np.full((1, 12), 2)], axis=1)
     positions = np.concatenate([np.arange(12), np.arange(12)])[None]
     graph, state = nnx.split(model)
