@@ -2,9 +2,27 @@
 clip 1.0).
 """
 
+from dataclasses import dataclass
+
+import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 Parameters = dict  # dotted path -> array
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """The papers' optimizer. `clip` bounds the global gradient norm; `moments` is the
+    dtype both moments rest in (V3: bfloat16).
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    moments: DTypeLike = jnp.float32
 
 
 def decays(path: str) -> bool:

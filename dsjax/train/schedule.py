@@ -3,11 +3,87 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import optax
 
 from dsjax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run is before a step: steps and tokens done, and how many there will be."""
+
+    step: int
+    tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear warm-up over `warmup` steps, then `peak` (MoE 145B)."""
+
+    peak: float
+    warmup: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStep:
+    """Linear warm-up, `peak`, then `factors` of it from fractions `at` of the tokens on
+    (LLM, section 2.3).
+    """
+
+    peak: float
+    warmup: int = 2000
+    at: tuple[float, ...] = (0.8, 0.9)
+    factors: tuple[float, ...] = (0.316, 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Linear warm-up, then half a cosine from `peak` to `final` * peak."""
+
+    peak: float
+    warmup: int = 2000
+    final: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldCosine:
+    """V3's (section 4.2): warm-up, `peak` until `hold_tokens`, half a cosine to
+    `final` over `decay_tokens`, then each (tokens, rate) of `tail`.
+    """
+
+    peak: float
+    hold_tokens: int
+    decay_tokens: int
+    final: float
+    tail: tuple[tuple[int, float], ...] = ()
+    warmup: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piecewise:
+    """`values[0]` until `at[0]` tokens, `values[1]` until `at[1]`, ..."""
+
+    values: tuple[float, ...]
+    at: tuple[int, ...]
+
+
+Schedule = float | Constant | MultiStep | Cosine | HoldCosine | Piecewise
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """Sequences a step: `sequences`, reached from `start` over the first `ramp_tokens`
+    in equal increments of `increment` sequences, linear in tokens.
+    """
+
+    sequences: int
+    start: int | None = None
+    ramp_tokens: int = 0
+    increment: int = 1
 
 
 def multi_step(
