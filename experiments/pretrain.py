@@ -176,7 +176,7 @@ def pretrain_v2() -> Experiment:
     Command: dsjax train experiments.pretrain_v2 --set data.sources.0.path=DIR
     Hardware: v5p:8x8x8 (512 chips). Cost: 1.3e24 FLOPs, about 155 days there.
     Expect: MMLU 78.5, GSM8K 79.2, HumanEval 48.8 (the paper's base model).
-    The paper does not say in which steps the batch grew: ten equal sizes here.
+    The paper does not say in which steps the batch grew: ten sizes here.
     """
     return Experiment(
         name="pretrain_v2",
@@ -206,7 +206,7 @@ def pretrain_v3() -> Experiment:
     Hardware: v5p:8x8x16 (1,024 chips). Cost: 3.7e24 FLOPs, about 228 days there (the
     paper: 2.664M H800 hours).
     Expect: MMLU 87.1, GSM8K 89.3, HumanEval 65.2 (the paper's base model).
-    The paper does not say in which steps the batch grew (twelve equal ones here), nor the
+    The paper does not say in which steps the batch grew (thirteen sizes here), nor the
     decay of its average of parameters (`--set ema=...`).
     """
     return Experiment(
