@@ -4,7 +4,12 @@
 of `experiments/` that carries a paper's name carries the paper's numbers.
 """
 
-from dataclasses import dataclass
+import enum
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from dsjax.config import ModelConfig
 from dsjax.data.mixture import Data
@@ -72,3 +77,47 @@ class Experiment:
     checkpoints: Checkpoints = Checkpoints()
     initial: str | None = None
     seed: int = 0
+
+
+def describe(experiment: Experiment) -> str:
+    """Every value of an experiment, one "path = value" a line, in the order of fields.
+
+    The text is the same for equal experiments, whatever a dtype was written as. A
+    record has a line with the name of its class before those of its fields; a tuple of
+    records has one such part for each index.
+    """
+    return "".join(f"{path} = {text}\n" for path, text in values(experiment).items())
+
+
+def values(record: Any, prefix: str = "") -> dict[str, str]:
+    """Path -> text, as `describe` writes them."""
+    hints = get_type_hints(type(record))
+    lines: dict[str, str] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        lines |= _lines(prefix + field.name, value, hints[field.name])
+    return lines
+
+
+def _lines(path: str, value: Any, hint: Any) -> dict[str, str]:
+    if hint == DTypeLike:
+        return {path: jnp.dtype(value).name}
+    match value:
+        case enum.Enum():
+            return {path: value.name}
+        case tuple() if any(map(is_dataclass, value)):
+            numbered = enumerate(value)
+            parts = [_lines(f"{path}.{i}", item, None) for i, item in numbered]
+            return {key: text for part in parts for key, text in part.items()}
+    if is_dataclass(value):
+        return {path: type(value).__name__} | values(value, f"{path}.")
+    return {path: repr(_plain(value, hint))}
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    """A whole number where a float is meant as the float that it equals."""
+    kinds = get_args(hint) or (hint,)
+    if isinstance(value, tuple):
+        return tuple(_plain(item, kinds[0]) for item in value)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and float in kinds and int not in kinds else value
