@@ -318,4 +318,7 @@ def _call(kernel, shape: tuple[int, ...], dtype):
         grid_names=("sm",),
         num_threads=3,
         thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
     )
