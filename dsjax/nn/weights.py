@@ -38,7 +38,10 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
 
     Gathers one mesh axis at a time: two at once compile to a full-size all-reduce.
     """
-    array = weight[...].astype(dtype)
+    array = weight[...]
+    if array.dtype != dtype:
+        # Or XLA casts the stacked layers as a whole, before the loop over them.
+        array = jax.lax.optimization_barrier(array).astype(dtype)
     spec = _spec(array)
     for axis in reversed(REST):
         gathered = P(*(_without(entry, axis) for entry in spec))

@@ -2,19 +2,8 @@
 
 from dataclasses import dataclass
 
+from dsjax.nn.dropping import Dropping
 from dsjax.train.schedule import Schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dropping:
-    """V2's token dropping (section 2.1.3): each of `devices` groups of experts takes at
-    most `capacity` times its even share of the rows, those of highest affinity; a share
-    `protected` of the sequences is never dropped from.
-    """
-
-    devices: int
-    capacity: float = 1.0
-    protected: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
