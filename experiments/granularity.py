@@ -23,7 +23,9 @@ from dsjax.train.schedule import BatchSize, MultiStep
 from experiments import miniature
 
 D_MODEL, LAYERS, VOCABULARY, LENGTH = 512, 8, 8192, 1024
-WIDTH = 1536  # of a standard feed-forward: about 8/3 of d_model, a quarter in tiles of 64
+WIDTH = (
+    1536  # of a standard feed-forward: about 8/3 of d_model, a quarter in tiles of 64
+)
 SEQUENCES, STEPS = 32, 1500
 CORPUS = Data(
     sources=(Source(path="corpus/train"),),

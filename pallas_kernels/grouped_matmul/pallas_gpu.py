@@ -39,7 +39,17 @@ class Tiles(NamedTuple):
 def supports(x_MK: Array, w_GNK: Array) -> bool:
     """Whether the kernels take these operands: bfloat16, sizes that tiles of 64 columns divide."""
     _, N, K = w_GNK.shape
-    return x_MK.dtype == jnp.bfloat16 and N % 64 == K % 64 == 0 and x_MK.shape[0] >= 64
+    fits = x_MK.dtype == jnp.bfloat16 and N % 64 == K % 64 == 0 and x_MK.shape[0] >= 128
+    return fits and _is_hopper()
+
+
+def _is_hopper() -> bool:
+    """Whether the GPU at hand is of Hopper's generation; without one, what is compiled
+    ahead of time for a GPU is taken to be.
+    """
+    if jax.default_backend() != "gpu":
+        return True
+    return jax.devices()[0].compute_capability.startswith("9.")
 
 
 @jax.custom_vjp
