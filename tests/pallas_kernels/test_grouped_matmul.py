@@ -35,7 +35,7 @@ def operands(rng):
     return x, w
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "ragged_dot", None])
+@pytest.mark.parametrize("implementation", ["blocked", "padded", "ragged_dot", None])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_equals_loop_over_groups(operands, sizes, implementation):
     x, w = operands
@@ -46,13 +46,15 @@ def test_equals_loop_over_groups(operands, sizes, implementation):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("implementation", ["blocked", "padded"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_gradients_equal_loop_over_groups(operands, sizes, rng):
+def test_gradients_equal_loop_over_groups(operands, sizes, implementation, rng):
     x, w = operands
     dy = rng.standard_normal((56, 32)).astype(np.float32)
 
     def value(x, w):
-        return (grouped_matmul(x, w, jnp.asarray(sizes)) * dy).sum()
+        y = grouped_matmul(x, w, jnp.asarray(sizes), implementation=implementation)
+        return (y * dy).sum()
 
     dx, dw = jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
     expected_dx, expected_dw, start = np.zeros(x.shape), np.zeros(w.shape), 0
