@@ -41,6 +41,7 @@ from dsjax.checkpoint.work import (
     partial_path,
 )
 from dsjax.config import ModelConfig
+from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
 from dsjax.sharding import Sharding
@@ -92,7 +93,10 @@ def load(
     source = open_source(epath.Path(path))
     dtype = source.dtypes["embedding_VD"] if asked is None else asked
     model = Transformer.abstract(
-        source.config, mesh=mesh, sharding=sharding, dtype=dtype, param_dtype=dtype
+        source.config,
+        mesh=mesh,
+        sharding=sharding,
+        precision=Precision(compute=dtype, params=dtype),
     )
     variables = flat(model)
     places = {path: variable.get_value() for path, variable in variables.items()}

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 QUERY_BLOCK = 512  # longer sequences attend in blocks of this many queries
@@ -19,14 +20,15 @@ def attend(
     v_BSKU: Float[Array, "B S K U"],
     mask_BTS: Bool[Array, "#B T S"],
     scale: float,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "B T K G U"]:
-    """softmax(scale * q k) v with a float32 softmax; `mask` says who sees whom.
+    """softmax(scale * q k) v, the softmax in `dtype`; `mask` says who sees whom.
 
     Scores of at most QUERY_BLOCK queries exist at a time, in the gradient too.
     """
     length = q_BTKGH.shape[1]
     if length <= QUERY_BLOCK:
-        return _attend(q_BTKGH, k_BSKH, v_BSKU, mask_BTS, scale)
+        return _attend(q_BTKGH, k_BSKH, v_BSKU, mask_BTS, scale, dtype)
     blocks = math.ceil(length / QUERY_BLOCK)
     padding = blocks * QUERY_BLOCK - length
 
@@ -39,22 +41,22 @@ def attend(
     @jax.checkpoint
     def block(pair):
         q, mask = pair
-        return _attend(q, k_BSKH, v_BSKU, mask, scale)
+        return _attend(q, k_BSKH, v_BSKU, mask, scale, dtype)
 
     out = jax.lax.map(block, (split(q_BTKGH), split(mask_BTS)))
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
 
 
-def _attend(q_BTKGH, k_BSKH, v_BSKU, mask_BTS, scale):
+def _attend(q_BTKGH, k_BSKH, v_BSKU, mask_BTS, scale, dtype):
     scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=dtype
     )
     weights = masked_softmax(scores * scale, mask_BTS[:, None, None])
     return jnp.einsum("BKGTS,BSKU->BTKGU", weights.astype(v_BSKU.dtype), v_BSKU)
 
 
 def masked_softmax(scores: Array, mask: Array) -> Array:
-    """Softmax over the last axis in float32 where `mask` is true; nothing else."""
-    lowest = jnp.finfo(jnp.float32).min  # finite: a padded row must not turn to NaN
-    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), lowest), axis=-1)
+    """Softmax over the last axis where `mask` is true, in the dtype of `scores`."""
+    lowest = jnp.finfo(scores.dtype).min  # finite: a padded row must not turn to NaN
+    return jax.nn.softmax(jnp.where(mask, scores, lowest), axis=-1)

@@ -1,7 +1,6 @@
 """One layer: attention and feed-forward, each normed before and added after."""
 
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import Dense, Gqa, Mla, ModelConfig, Moe
@@ -11,38 +10,27 @@ from dsjax.nn.gqa import GroupedQueryAttention
 from dsjax.nn.mla import MultiHeadLatentAttention
 from dsjax.nn.moe import MixtureOfExperts
 from dsjax.nn.norm import RmsNorm
+from dsjax.nn.options import Build, keep
 from dsjax.nn.router import Routing
-from dsjax.sharding import Sharding
 
 
 class Block(nnx.Module):
     """A pre-norm decoder layer with the feed-forward of its segment."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        feed_forward: Dense | Moe,
-        *,
-        sharding: Sharding,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: ModelConfig, feed_forward: Dense | Moe, *, build: Build):
         D = config.d_model
-        norm = {"sharding": sharding, "param_dtype": param_dtype}
-        make = {**norm, "std": config.init_std, "dtype": dtype, "rngs": rngs}
-        self.attention_norm = RmsNorm(D, eps=config.norm_eps, **norm)
+        self.attention_norm = RmsNorm(D, eps=config.norm_eps, build=build)
         match config.attention:
             case Gqa() as gqa:
-                self.attention = GroupedQueryAttention(gqa, D, **make)
+                self.attention = GroupedQueryAttention(gqa, D, build=build)
             case Mla() as mla:
-                self.attention = MultiHeadLatentAttention(mla, D, **make)
-        self.feed_forward_norm = RmsNorm(D, eps=config.norm_eps, **norm)
+                self.attention = MultiHeadLatentAttention(mla, D, build=build)
+        self.feed_forward_norm = RmsNorm(D, eps=config.norm_eps, build=build)
         match feed_forward:
             case Dense(width=width):
-                self.feed_forward = SwiGlu(D, width, **make)
+                self.feed_forward = SwiGlu(D, width, build=build)
             case Moe() as moe:
-                self.feed_forward = MixtureOfExperts(moe, D, **make)
+                self.feed_forward = MixtureOfExperts(moe, D, build=build)
 
     def __call__(
         self,
@@ -54,7 +42,7 @@ class Block(nnx.Module):
         """The residual stream after this layer, the cache, and a MoE's routing."""
         normed_BTD = self.attention_norm(x_BTD)
         y_BTD, cache = self.attention(normed_BTD, context, cache, layer)
-        x_BTD += y_BTD
+        x_BTD = keep(x_BTD + y_BTD)
         y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         routing = None
         if isinstance(self.feed_forward, MixtureOfExperts):

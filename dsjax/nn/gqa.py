@@ -9,46 +9,32 @@ from dataclasses import replace
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import Gqa
 from dsjax.nn import cache as kv
 from dsjax.nn.attention import attend
+from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
-from dsjax.nn.weights import batch_axes, filled, use, weight
-from dsjax.sharding import Sharding
+from dsjax.nn.weights import batch_axes, use
 
 
 class GroupedQueryAttention(nnx.Module):
     """Rotary attention in which G query heads share one key-value head."""
 
-    def __init__(
-        self,
-        config: Gqa,
-        d_model: int,
-        *,
-        std: float,
-        sharding: Sharding,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: Gqa, d_model: int, *, build: Build):
+        self.config, self.precision = config, build.precision
+        self.dtype, sharding = build.precision.compute, build.sharding
         D, K, H = d_model, config.num_kv_heads, config.head_dim
         G = config.num_heads // K
-        make = {"std": std, "dtype": param_dtype}
-        self.q_KGHD = weight(rngs, (K, G, H, D), spec=sharding.q_KGHD, **make)
-        self.k_KHD = weight(rngs, (K, H, D), spec=sharding.kv_KHD, **make)
-        self.v_KHD = weight(rngs, (K, H, D), spec=sharding.kv_KHD, **make)
-        self.o_DKGH = weight(rngs, (D, K, G, H), spec=sharding.o_DKGH, **make)
+        self.q_KGHD = build.weight((K, G, H, D), sharding.q_KGHD)
+        self.k_KHD = build.weight((K, H, D), sharding.kv_KHD)
+        self.v_KHD = build.weight((K, H, D), sharding.kv_KHD)
+        self.o_DKGH = build.weight((D, K, G, H), sharding.o_DKGH)
         if config.qkv_bias:
-            spec, dtype = sharding.kv_bias_KH, param_dtype
-            self.q_bias_KGH = filled(
-                (K, G, H), 0.0, spec=sharding.q_bias_KGH, dtype=dtype
-            )
-            self.k_bias_KH = filled((K, H), 0.0, spec=spec, dtype=dtype)
-            self.v_bias_KH = filled((K, H), 0.0, spec=spec, dtype=dtype)
+            self.q_bias_KGH = build.filled((K, G, H), 0.0, sharding.q_bias_KGH)
+            self.k_bias_KH = build.filled((K, H), 0.0, sharding.kv_bias_KH)
+            self.v_bias_KH = build.filled((K, H), 0.0, sharding.kv_bias_KH)
 
     def __call__(
         self,
@@ -71,7 +57,9 @@ class GroupedQueryAttention(nnx.Module):
             mask = context.cache_mask(k.shape[1])
         else:
             mask = context.mask()
-        out_BTKGH = attend(q, k, v, mask, self.config.head_dim**-0.5)
+        out_BTKGH = attend(
+            q, k, v, mask, self.config.head_dim**-0.5, self.precision.softmax
+        )
         y_BTD = jnp.einsum(
             "BTKGH,DKGH->BTD",
             out_BTKGH,
@@ -88,5 +76,6 @@ class GroupedQueryAttention(nnx.Module):
             q += use(self.q_bias_KGH, self.dtype)
             k += use(self.k_bias_KH, self.dtype)
             v += use(self.v_bias_KH, self.dtype)
+        q, k, v = keep(q), keep(k), keep(v)
         rope, positions = self.config.rope, context.positions_BT
         return rotate(q, positions, rope), rotate(k, positions, rope), v

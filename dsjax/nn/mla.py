@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import Mla, Yarn
 from dsjax.nn import cache as kv
 from dsjax.nn.attention import attend, masked_softmax
 from dsjax.nn.norm import RmsNorm
+from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
-from dsjax.nn.weights import batch_axes, use, weight
-from dsjax.sharding import Sharding
+from dsjax.nn.weights import batch_axes, use
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -29,36 +28,21 @@ class MultiHeadLatentAttention(nnx.Module):
     move to the query and the output, and attention runs on the cached latents (decode).
     """
 
-    def __init__(
-        self,
-        config: Mla,
-        d_model: int,
-        *,
-        std: float,
-        sharding: Sharding,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.config, self.dtype = config, dtype
+    def __init__(self, config: Mla, d_model: int, *, build: Build):
+        self.config, self.precision = config, build.precision
+        self.dtype, sharding = build.precision.compute, build.sharding
         D, N, L, Q = d_model, config.num_heads, config.kv_rank, config.q_rank
-        make = {"std": std, "dtype": param_dtype}
-        norm = {"sharding": sharding, "param_dtype": param_dtype}
         if Q is None:
-            shape = (N, config.query_dim, D)
-            self.q_NHD = weight(rngs, shape, spec=sharding.q_NHD, **make)
+            self.q_NHD = build.weight((N, config.query_dim, D), sharding.q_NHD)
         else:
-            self.q_down_QD = weight(rngs, (Q, D), spec=sharding.q_down_QD, **make)
-            self.q_norm = RmsNorm(Q, **norm)
-            shape = (N, config.query_dim, Q)
-            self.q_up_NHQ = weight(rngs, shape, spec=sharding.q_up_NHQ, **make)
-        shape = (L + config.rope_dim, D)
-        self.kv_down_CD = weight(rngs, shape, spec=sharding.kv_down_CD, **make)
-        self.kv_norm = RmsNorm(L, **norm)
+            self.q_down_QD = build.weight((Q, D), sharding.q_down_QD)
+            self.q_norm = RmsNorm(Q, build=build)
+            self.q_up_NHQ = build.weight((N, config.query_dim, Q), sharding.q_up_NHQ)
+        self.kv_down_CD = build.weight((L + config.rope_dim, D), sharding.kv_down_CD)
+        self.kv_norm = RmsNorm(L, build=build)
         shape = (N, config.nope_dim + config.value_dim, L)
-        self.kv_up_NHL = weight(rngs, shape, spec=sharding.kv_up_NHL, **make)
-        shape = (D, N, config.value_dim)
-        self.o_DNH = weight(rngs, shape, spec=sharding.o_DNH, **make)
+        self.kv_up_NHL = build.weight(shape, sharding.kv_up_NHL)
+        self.o_DNH = build.weight((D, N, config.value_dim), sharding.o_DNH)
 
     @property
     def scale(self) -> float:
@@ -104,9 +88,10 @@ class MultiHeadLatentAttention(nnx.Module):
         """Each head's query: the part without position, and the rotated part."""
         if self.config.q_rank is None:
             q = jnp.einsum("BTD,NHD->BTNH", x_BTD, use(self.q_NHD, self.dtype))
+            q = keep(q)
         else:
             down_QD = use(self.q_down_QD, self.dtype)
-            c_BTQ = self.q_norm(jnp.einsum("BTD,QD->BTQ", x_BTD, down_QD))
+            c_BTQ = self.q_norm(keep(jnp.einsum("BTD,QD->BTQ", x_BTD, down_QD)))
             q = jnp.einsum("BTQ,NHQ->BTNH", c_BTQ, use(self.q_up_NHQ, self.dtype))
         nope, rope = jnp.split(q, [self.config.nope_dim], axis=-1)
         return nope, rotate(rope, context.positions_BT, self.config.rope)
@@ -116,7 +101,7 @@ class MultiHeadLatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T L"], Float[Array, "B T R"]]:
         """What is cached: the normed latent and the rotated key all heads share."""
         down_CD = use(self.kv_down_CD, self.dtype)
-        c_BTC = jnp.einsum("BTD,CD->BTC", x_BTD, down_CD)
+        c_BTC = keep(jnp.einsum("BTD,CD->BTC", x_BTD, down_CD))
         latent, rope = jnp.split(c_BTC, [self.config.kv_rank], axis=-1)
         positions = context.positions_BT
         return self.kv_norm(latent), rotate(rope, positions, self.config.rope)
@@ -139,7 +124,8 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         q = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)[:, :, :, None]
         k = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
-        return attend(q, k, v_BSNH, mask_BTS, self.scale)[:, :, :, 0]
+        softmax = self.precision.softmax
+        return attend(q, k, v_BSNH, mask_BTS, self.scale, softmax)[:, :, :, 0]
 
     def absorbed(
         self,
@@ -153,9 +139,9 @@ class MultiHeadLatentAttention(nnx.Module):
         up_NHL = use(self.kv_up_NHL, self.dtype)
         k_up_NHL, v_up_NHL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
         q_BTNL = jnp.einsum("BTNH,NHL->BTNL", q_BTNH, k_up_NHL)
-        f32 = {"preferred_element_type": jnp.float32}
-        scores = jnp.einsum("BTNL,BSL->BNTS", q_BTNL, c_BSL, **f32)
-        scores += jnp.einsum("BTNR,BSR->BNTS", q_BTNR, k_BSR, **f32)
+        wide = {"preferred_element_type": self.precision.softmax}
+        scores = jnp.einsum("BTNL,BSL->BNTS", q_BTNL, c_BSL, **wide)
+        scores += jnp.einsum("BTNR,BSR->BNTS", q_BTNR, k_BSR, **wide)
         weights = masked_softmax(scores * self.scale, mask_BTS[:, None])
         mix_BTNL = jnp.einsum("BNTS,BSL->BTNL", weights.astype(c_BSL.dtype), c_BSL)
         return jnp.einsum("BTNL,NHL->BTNH", mix_BTNL, v_up_NHL)

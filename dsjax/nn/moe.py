@@ -11,43 +11,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsjax.config import Moe
 from dsjax.nn.feed_forward import SwiGlu
+from dsjax.nn.options import Build, keep
 from dsjax.nn.router import Router, Routing
-from dsjax.nn.weights import batch_axes, use, weight
-from dsjax.sharding import Sharding
+from dsjax.nn.weights import batch_axes, use
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 
 
 class MixtureOfExperts(nnx.Module):
     """h = sum of shared experts + sum of the chosen routed ones (2401.06066, eq. 9)."""
 
-    def __init__(
-        self,
-        config: Moe,
-        d_model: int,
-        *,
-        std: float,
-        sharding: Sharding,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        make = {
-            "std": std,
-            "sharding": sharding,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
+    def __init__(self, config: Moe, d_model: int, *, build: Build):
         self.config = config
-        self.router = Router(config, d_model, **make)
-        self.experts = Experts(config, d_model, dtype=dtype, **make)
+        self.router = Router(config, d_model, build=build)
+        self.experts = Experts(config, d_model, build=build)
         if config.num_shared:
-            width = config.num_shared * config.width
-            self.shared = SwiGlu(d_model, width, dtype=dtype, **make)
+            self.shared = SwiGlu(d_model, config.num_shared * config.width, build=build)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"]
@@ -63,23 +45,12 @@ class MixtureOfExperts(nnx.Module):
 class Experts(nnx.Module):
     """The routed experts, cut along `expert` (whole experts), `tensor` and `fsdp`."""
 
-    def __init__(
-        self,
-        config: Moe,
-        d_model: int,
-        *,
-        std: float,
-        sharding: Sharding,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.dtype = dtype
+    def __init__(self, config: Moe, d_model: int, *, build: Build):
+        self.dtype, sharding = build.precision.compute, build.sharding
         E, F, D = config.num_experts, config.width, d_model
-        make = {"std": std, "dtype": param_dtype}
-        self.gate_EFD = weight(rngs, (E, F, D), spec=sharding.expert_in_EFD, **make)
-        self.up_EFD = weight(rngs, (E, F, D), spec=sharding.expert_in_EFD, **make)
-        self.down_EDF = weight(rngs, (E, D, F), spec=sharding.expert_out_EDF, **make)
+        self.gate_EFD = build.weight((E, F, D), sharding.expert_in_EFD)
+        self.up_EFD = build.weight((E, F, D), sharding.expert_in_EFD)
+        self.down_EDF = build.weight((E, D, F), sharding.expert_out_EDF)
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], routing: Routing
@@ -140,12 +111,12 @@ def _apply_experts(x_BTD, indices_BTk, affinities_BTk, gate_EFD, up_EFD, down_ED
     E, k = gate_EFD.shape[0], indices_BTk.shape[-1]
     expert_M = indices_BTk.reshape(-1)
     expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
-    order_M = jnp.argsort(expert_M, stable=True)
+    order_M = keep(jnp.argsort(expert_M, stable=True))
     sizes_E = jnp.bincount(expert_M, length=E + 1)[:E].astype(jnp.int32)
-    rows_MD = x_BTD.reshape(-1, D)[order_M // k]
-    gate_MF = grouped_matmul(rows_MD, gate_EFD, sizes_E)
-    up_MF = grouped_matmul(rows_MD, up_EFD, sizes_E)
-    out_MD = grouped_matmul(jax.nn.silu(gate_MF) * up_MF, down_EDF, sizes_E)
-    back_M = jnp.argsort(order_M)  # from sorted rows back to token order
+    rows_MD = keep(x_BTD.reshape(-1, D)[order_M // k])
+    gate_MF = keep(grouped_matmul(rows_MD, gate_EFD, sizes_E))
+    up_MF = keep(grouped_matmul(rows_MD, up_EFD, sizes_E))
+    out_MD = keep(grouped_matmul(jax.nn.silu(gate_MF) * up_MF, down_EDF, sizes_E))
+    back_M = keep(jnp.argsort(order_M))  # from sorted rows back to token order
     out = out_MD[back_M].reshape(B, T, k, D).astype(jnp.float32)
     return (out * affinities_BTk[..., None]).sum(axis=2)

@@ -3,16 +3,15 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from dsjax.config import ModelConfig
 from dsjax.nn import cache as kv
 from dsjax.nn.block import Block
 from dsjax.nn.norm import RmsNorm
+from dsjax.nn.options import Build, Remat, keep
 from dsjax.nn.router import Routing
-from dsjax.nn.weights import batch_axes, use, weight
-from dsjax.sharding import Sharding
+from dsjax.nn.weights import batch_axes, use
 
 
 class MultiTokenPrediction(nnx.Module):
@@ -22,30 +21,15 @@ class MultiTokenPrediction(nnx.Module):
     vector is [embedding, hidden], the reverse of the paper's equation 21.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        sharding: Sharding,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.dtype = dtype
-        D = config.d_model
-        norm = {"sharding": sharding, "param_dtype": param_dtype}
-        self.embedding_norm = RmsNorm(D, eps=config.norm_eps, **norm)
-        self.hidden_norm = RmsNorm(D, eps=config.norm_eps, **norm)
-        self.merge_DM = weight(
-            rngs,
-            (D, 2 * D),
-            spec=sharding.mtp_DM,
-            std=config.init_std,
-            dtype=param_dtype,
-        )
+    def __init__(self, config: ModelConfig, *, build: Build, remat: Remat):
+        self.dtype, self.remat = build.precision.compute, remat
+        D, norm = config.d_model, {"eps": config.norm_eps, "build": build}
+        self.embedding_norm = RmsNorm(D, **norm)
+        self.hidden_norm = RmsNorm(D, **norm)
+        self.merge_DM = build.weight((D, 2 * D), build.sharding.mtp_DM)
         feed_forward = config.segments[-1].feed_forward
-        self.block = Block(config, feed_forward, dtype=dtype, rngs=rngs, **norm)
-        self.final_norm = RmsNorm(D, eps=config.norm_eps, **norm)
+        self.block = Block(config, feed_forward, build=build)
+        self.final_norm = RmsNorm(D, **norm)
 
     def __call__(
         self,
@@ -59,6 +43,16 @@ class MultiTokenPrediction(nnx.Module):
         whether before or after, the engines that draft with the published weights feed
         it after. `next` is the embedding of each position's next token.
         """
+        graph, weights = nnx.split(self)
+
+        def layer(weights, hidden_BTD, next_BTD):
+            return nnx.merge(graph, weights)._layer(hidden_BTD, next_BTD, context)
+
+        return self.remat.wrap(layer)(weights, hidden_BTD, next_BTD)
+
+    def _layer(
+        self, hidden_BTD: Array, next_BTD: Array, context: kv.Context
+    ) -> tuple[Array, Routing | None]:
         parts = [self.embedding_norm(next_BTD), self.hidden_norm(hidden_BTD)]
         x_BTD = jnp.einsum(
             "BTM,DM->BTD",
@@ -66,5 +60,5 @@ class MultiTokenPrediction(nnx.Module):
             use(self.merge_DM, self.dtype),
             out_sharding=P(batch_axes(hidden_BTD), None, None),
         )
-        x_BTD, _, routing = self.block(x_BTD, context)
-        return self.final_norm(x_BTD), routing
+        x_BTD, _, routing = self.block(keep(x_BTD), context)
+        return self.final_norm(keep(x_BTD)), routing

@@ -1,15 +1,26 @@
 """How a model is computed, as opposed to what it is (`dsjax.config`)."""
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from dsjax.nn.weights import GATHERED, filled, weight
+from dsjax.sharding import Sharding
+
+_KEPT = "kept"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """The dtypes of a model's arithmetic.
+    """The dtypes of a model's arithmetic, given in any form that JAX takes.
 
     `compute`: activations and matrix products. `params`: the weights at rest. `router`:
     affinities and the choice of experts. `softmax`: attention weights. `statistics`:
@@ -24,10 +35,58 @@ class Precision:
     statistics: DTypeLike = jnp.float32
     gradients: DTypeLike = jnp.float32
 
+    def __post_init__(self) -> None:
+        for field in fields(self):  # one form: equal records compile once
+            dtype = jnp.dtype(getattr(self, field.name))
+            object.__setattr__(self, field.name, dtype)
+
+
+FLOAT32 = Precision(compute=jnp.float32)
+
 
 class Remat(enum.Enum):
-    """What the backward pass computes again instead of keeping."""
+    """What the backward pass computes again instead of keeping.
+
+    Weights gathered or cast for their use are never kept, whatever the choice.
+    """
 
     NONE = "none"
     FULL = "full"  # all but each layer's input
-    V3 = "v3"  # norms and MLA up-projections (V3, section 3.2.3)
+    V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
+
+    def wrap(self, layer: Callable) -> Callable:
+        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows."""
+        policies = jax.checkpoint_policies
+        match self:
+            case Remat.NONE:
+                policy = policies.save_anything_except_these_names(GATHERED)
+            case Remat.FULL:
+                policy = policies.nothing_saveable
+            case Remat.V3:
+                policy = policies.save_only_these_names(_KEPT)
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def keep(x: Array) -> Array:
+    """Marks what the backward pass finds again under `Remat.V3`."""
+    return checkpoint_name(x, _KEPT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What every part of a model is built with: how weights start, rest and compute."""
+
+    std: float
+    sharding: Sharding
+    precision: Precision
+    rngs: nnx.Rngs
+
+    def weight(self, shape: tuple[int, ...], spec: P) -> nnx.Param:
+        """A normal(0, std) weight. `spec` tells how one layer's array rests."""
+        return weight(
+            self.rngs, shape, spec=spec, std=self.std, dtype=self.precision.params
+        )
+
+    def filled(self, shape: tuple[int, ...], value: float, spec: P) -> nnx.Param:
+        """A constant weight."""
+        return filled(shape, value, spec=spec, dtype=self.precision.params)

@@ -5,7 +5,8 @@ the best groups, rated by their best expert, weights scaled (2405.04434, section
 V3: sigmoid affinities; a bias and groups rated by their two best experts decide the
 choice, the weights are the unbiased affinities over their sum (2412.19437, 2.1.2).
 
-Letters: B batch, T length, D model, E experts, k chosen experts. Everything is float32.
+Letters: B batch, T length, D model, E experts, k chosen experts. Affinities are computed in `Precision.router`; all that
+follows from them, counts included, is float32.
 """
 
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import Groups, GroupScore, Moe, Score
-from dsjax.nn.weights import RouterBias, use, weight
-from dsjax.sharding import Sharding
+from dsjax.nn.options import Build, keep
+from dsjax.nn.weights import RouterBias, use
 
 
 @jax.tree_util.register_dataclass
@@ -28,40 +28,33 @@ class Routing:
 
     load: how often each expert was chosen, a row. probability: each expert's affinity
     as a share of the token's sum, averaged over the row (P_i of V3's equation 19).
+    entropy: of those shares of a token, in nats, averaged over the row; a figure to
+    watch, without gradient. ln E is a router without preference.
     """
 
     indices_BTk: Int[Array, "*L B T k"]
     weights_BTk: Float[Array, "*L B T k"]
     load_BE: Float[Array, "*L B E"]
     probability_BE: Float[Array, "*L B E"]
+    entropy_B: Float[Array, "*L B"]
 
 
 class Router(nnx.Module):
     """Scores every expert for every token and chooses top_k of them."""
 
-    def __init__(
-        self,
-        config: Moe,
-        d_model: int,
-        *,
-        std: float,
-        sharding: Sharding,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.config = config
-        shape = (config.num_experts, d_model)
-        self.weight_ED = weight(
-            rngs, shape, spec=sharding.router_ED, std=std, dtype=param_dtype
-        )
+    def __init__(self, config: Moe, d_model: int, *, build: Build):
+        self.config, self.dtype = config, build.precision.router
+        shape, sharding = (config.num_experts, d_model), build.sharding
+        self.weight_ED = build.weight(shape, sharding.router_ED)
         if config.selection_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
             self.bias_E = RouterBias(zeros, spec=sharding.router_bias_E)
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
         """The routing of every token."""
-        weight_ED, x32 = use(self.weight_ED, jnp.float32), x_BTD.astype(jnp.float32)
-        logits_BTE = jnp.einsum("BTD,ED->BTE", x32, weight_ED, precision="highest")
+        weight_ED, x_BTD = use(self.weight_ED, self.dtype), x_BTD.astype(self.dtype)
+        logits_BTE = jnp.einsum("BTD,ED->BTE", x_BTD, weight_ED, precision="highest")
+        logits_BTE = keep(logits_BTE)
         match self.config.score:
             case Score.SOFTMAX:
                 scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
@@ -75,6 +68,7 @@ def route(
     scores_BTE: Float[Array, "B T E"], bias_E: Float[Array, " E"] | None, config: Moe
 ) -> Routing:
     """Chooses experts by biased, group-limited scores; weighs them by the raw ones."""
+    scores_BTE = scores_BTE.astype(jnp.float32)
     choice = jax.lax.stop_gradient(
         scores_BTE if bias_E is None else scores_BTE + bias_E
     )
@@ -85,12 +79,14 @@ def route(
     weights_BTk = (scores_BTE[:, :, None] * chosen_BTkE).sum(axis=-1)
     if config.renormalize:
         weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + 1e-20
-    share = scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)
+    share_BTE = scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)
+    entropy_BT = jax.scipy.special.entr(jax.lax.stop_gradient(share_BTE)).sum(axis=-1)
     return Routing(
         indices_BTk=indices_BTk,
         weights_BTk=weights_BTk * config.scale,
         load_BE=chosen_BTkE.sum(axis=(1, 2)),
-        probability_BE=share.mean(axis=1),
+        probability_BE=share_BTE.mean(axis=1),
+        entropy_B=entropy_BT.mean(axis=1),
     )
 
 

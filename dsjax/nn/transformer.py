@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, reshard
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig, Segment
@@ -19,8 +18,9 @@ from dsjax.nn import cache as kv
 from dsjax.nn.block import Block
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
+from dsjax.nn.options import FLOAT32, Build, Precision, Remat
 from dsjax.nn.router import Routing
-from dsjax.nn.weights import batch_axes, flat, shardings, use, weight
+from dsjax.nn.weights import batch_axes, flat, shardings, use
 from dsjax.sharding import Sharding, fit, make_mesh
 
 Given = Array | np.ndarray  # what callers may hand in
@@ -43,8 +43,8 @@ class Output:
 class Transformer(nnx.Module):
     """A decoder of any published architecture.
 
-    `dtype` is what activations are computed in, `param_dtype` what weights are kept in.
-    Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
+    `precision` says which dtypes weights rest and compute in, `remat` what the backward
+    pass computes again. Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
     """
 
     def __init__(
@@ -54,29 +54,31 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         mesh: Mesh | None = None,
         sharding: Sharding | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
+        precision: Precision = FLOAT32,
+        remat: Remat = Remat.NONE,
     ):
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.precision, self.remat = config, precision, remat
         self.mesh = make_mesh() if mesh is None else mesh
         self.sharding = sharding = Sharding() if sharding is None else sharding
         self.tokenizer = None
-        V, D, std = config.vocab_size, config.d_model, config.init_std
-        make = {"sharding": sharding, "param_dtype": param_dtype}
-        self.embedding_VD = weight(
-            rngs, (V, D), spec=sharding.embedding_VD, std=std, dtype=param_dtype
+        V, D = config.vocab_size, config.d_model
+        build = Build(
+            std=config.init_std, sharding=sharding, precision=precision, rngs=rngs
         )
-        make_block = {**make, "dtype": self.dtype}
+        self.embedding_VD = build.weight((V, D), sharding.embedding_VD)
         self.segments = nnx.List(
-            _stack(config, segment, rngs, **make_block) for segment in config.segments
+            _stack(config, segment, build) for segment in config.segments
         )
-        self.final_norm = RmsNorm(D, eps=config.norm_eps, **make)
+        self.final_norm = RmsNorm(D, eps=config.norm_eps, build=build)
         if not config.tied_embeddings:
-            self.head_VD = weight(
-                rngs, (V, D), spec=sharding.head_VD, std=std, dtype=param_dtype
-            )
+            self.head_VD = build.weight((V, D), sharding.head_VD)
         if config.mtp:
-            self.mtp = MultiTokenPrediction(config, rngs=rngs, **make_block)
+            self.mtp = MultiTokenPrediction(config, build=build, remat=remat)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What activations are computed in."""
+        return self.precision.compute
 
     @classmethod
     def create(cls, config: ModelConfig, *, seed: int = 0, **options) -> "Transformer":
@@ -174,10 +176,12 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: Int[Given, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
-        table_VD = use(self.embedding_VD, self.dtype)
+        # Cast after the look-up: a frequent token's gradient is a sum over thousands of
+        # positions, which bfloat16 would round away.
+        table_VD = use(self.embedding_VD, self.precision.params)
         batch = batch_axes(tokens_BT)
         cut = P(batch, None, jax.typeof(table_VD).sharding.spec[1])
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=cut)
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=cut).astype(self.dtype)
         return reshard(x_BTD, P(batch, None, None))
 
     def place(self, rows_BT: Int[Given, "B T"]) -> Int[Array, "B T"]:
@@ -191,13 +195,19 @@ class Transformer(nnx.Module):
 
     def head(self, normed_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of a state that has its norm behind it."""
-        if self.config.tied_embeddings:
-            head_VD = reshard(use(self.embedding_VD, self.dtype), P("tensor", None))
-        else:
-            head_VD = use(self.head_VD, self.dtype)
         return jnp.einsum(
-            "BTD,VD->BTV", normed_BTD, head_VD, preferred_element_type=jnp.float32
+            "BTD,VD->BTV",
+            normed_BTD,
+            self.head_weight(),
+            preferred_element_type=jnp.float32,
         )
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The head's matrix in the compute dtype, gathered but for `tensor`, which cuts
+        the vocabulary."""
+        if self.config.tied_embeddings:
+            return reshard(use(self.embedding_VD, self.dtype), P("tensor", None))
+        return use(self.head_VD, self.dtype)
 
     def _layers(
         self, tokens_BT: Array, context: kv.Context, cache: kv.Cache | None
@@ -207,7 +217,7 @@ class Transformer(nnx.Module):
         routings = []
         for number, segment in enumerate(self.segments):
             x_BTD, caches[number], routing = _scan(
-                segment, x_BTD, context, caches[number]
+                segment, x_BTD, context, caches[number], self.remat
             )
             routings.append(routing)
         if cache is not None:
@@ -215,19 +225,24 @@ class Transformer(nnx.Module):
         return Output(hidden_BTD=x_BTD, routing=tuple(routings), cache=cache)
 
 
-def _stack(config: ModelConfig, segment: Segment, rngs: nnx.Rngs, **options) -> Block:
+def _stack(config: ModelConfig, segment: Segment, build: Build) -> Block:
     """`segment.count` layers as one Block whose weights have a leading layer axis."""
 
     @nnx.split_rngs(splits=segment.count)
     @nnx.vmap
     def make(rngs: nnx.Rngs) -> Block:
-        return Block(config, segment.feed_forward, rngs=rngs, **options)
+        each = replace(build, rngs=rngs)
+        return Block(config, segment.feed_forward, build=each)
 
-    return make(rngs)
+    return make(build.rngs)
 
 
 def _scan(
-    stack: Block, x_BTD: Array, context: kv.Context, cache: kv.LayerCache | None
+    stack: Block,
+    x_BTD: Array,
+    context: kv.Context,
+    cache: kv.LayerCache | None,
+    remat: Remat,
 ) -> tuple[Array, kv.LayerCache | None, Routing | None]:
     """Runs a stack's layers one after the other, as one compiled loop body.
 
@@ -244,7 +259,7 @@ def _scan(
         return (x_BTD, cache), routing
 
     (x_BTD, cache), routing = jax.lax.scan(
-        layer, (x_BTD, cache), (state, jnp.arange(count))
+        remat.wrap(layer), (x_BTD, cache), (state, jnp.arange(count))
     )
     return x_BTD, cache, routing
 

@@ -12,6 +12,7 @@ import pytest
 from dsjax import models
 from dsjax.checkpoint import convert, load, orbax, save, table
 from dsjax.checkpoint.hf import array_shapes
+from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
 from dsjax.sharding import make_mesh
@@ -19,7 +20,7 @@ from dsjax.sharding import make_mesh
 
 def abstract_tree(config, mesh, dtype) -> dict:
     """ShapeDtypeStructs with shardings, nested: what a user of Orbax alone would pass."""
-    model = Transformer.abstract(config, mesh=mesh, dtype=dtype, param_dtype=dtype)
+    model = Transformer.abstract(config, mesh=mesh, precision=Precision(params=dtype))
     leaves = {path: variable.get_value() for path, variable in flat(model).items()}
     return orbax.nested(leaves)
 

@@ -10,6 +10,7 @@ from dsjax import models
 from dsjax.config import Mla, Rope, Yarn
 from dsjax.nn.cache import Context, Phase, empty_cache
 from dsjax.nn.mla import MultiHeadLatentAttention
+from dsjax.nn.options import FLOAT32, Build
 from dsjax.sharding import Sharding
 
 D = 64
@@ -25,15 +26,8 @@ def attention(q_rank, scaling=None):
         value_dim=24,  # unlike nope_dim: a swapped split would not fit
         rope=Rope(interleaved=True, scaling=scaling),
     )
-    return MultiHeadLatentAttention(
-        config,
-        D,
-        std=0.2,
-        sharding=Sharding(),
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )
+    build = Build(std=0.2, sharding=Sharding(), precision=FLOAT32, rngs=nnx.Rngs(0))
+    return MultiHeadLatentAttention(config, D, build=build)
 
 
 @pytest.mark.parametrize("q_rank", [None, 48])

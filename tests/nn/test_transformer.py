@@ -11,6 +11,7 @@ from flax import nnx
 from dsjax import models
 from dsjax.config import Gqa, Mla, Moe
 from dsjax.nn.cache import empty_cache
+from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import RouterBias, flat
 from dsjax.sharding import make_mesh
@@ -167,7 +168,7 @@ def test_layers_are_compiled_once():
 
 def test_abstract_holds_no_memory():
     """V3 itself: 671 billion parameters of shapes and shardings."""
-    model = Transformer.abstract(models.v3(), param_dtype=jnp.bfloat16)
+    model = Transformer.abstract(models.v3(), precision=Precision(params=jnp.bfloat16))
     variables = flat(model)
     assert all(
         isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in variables.values()
@@ -181,7 +182,7 @@ def test_abstract_holds_no_memory():
 
 
 def test_router_bias_is_float32_and_no_param():
-    model = Transformer.abstract(models.v3(), param_dtype=jnp.bfloat16)
+    model = Transformer.abstract(models.v3(), precision=Precision(params=jnp.bfloat16))
     bias = flat(model)["segments.1.feed_forward.router.bias_E"]
     assert isinstance(bias, RouterBias) and not isinstance(bias, nnx.Param)
     assert bias.dtype == jnp.float32
