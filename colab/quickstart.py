@@ -56,9 +56,11 @@ from tqdm.auto import tqdm
 import dsjax
 from dsjax.checkpoint import convert, export
 from dsjax.config import Dense, Mla, ModelConfig, Moe, Score, Segment
+from dsjax.data.loader import batches
 from dsjax.data.stdlib import python_source
-from dsjax.data.text import Windows, batches, read_texts, tokenize
+from dsjax.data.text import read_texts, tokenize
 from dsjax.data.tokenizer import train_bpe
+from dsjax.data.windows import Windows
 from dsjax.eval.perplexity import evaluate
 from dsjax.models import small_init_std
 from dsjax.nn.transformer import Transformer
@@ -79,12 +81,12 @@ split = python_source()
 texts = list(read_texts(split.train))
 tokenizer = train_bpe(texts, vocab_size=2048)
 windows = Windows(tokenize(texts, tokenizer), length=256)
-data = iter(batches(windows, batch_size=4, seed=0))
+data = batches(windows, batch_size=4)
 print(
     len(split.train),
     "files,",
-    len(windows),
-    "windows;",
+    windows.tokens_per_epoch,
+    "tokens;",
     len(split.held_out),
     "held out",
 )

@@ -31,9 +31,11 @@ from dsjax.config import (
     Score,
     Segment,
 )
+from dsjax.data.loader import batches
 from dsjax.data.stdlib import Split, python_source
-from dsjax.data.text import Windows, batches, read_texts, tokenize
+from dsjax.data.text import read_texts, tokenize
 from dsjax.data.tokenizer import Tokenizer, train_bpe
+from dsjax.data.windows import Windows
 from dsjax.decode.generate import generate
 from dsjax.errors import UserError
 from dsjax.eval.perplexity import evaluate
@@ -131,10 +133,10 @@ def quickstart(
     settings = Settings() if settings is None else settings
     mesh = one_row_per_core(settings.batch_size)
     split = python_source() if split is None else split
-    tokenizer, corpus = prepare(split, settings)
+    tokenizer, windows = prepare(split, settings, seed=seed)
     model = Transformer.create(model_config(settings), seed=seed, mesh=mesh)
     model.tokenizer = tokenizer
-    history = train(model, corpus, settings=settings, steps=steps, seed=seed)
+    history = train(model, windows, settings=settings, steps=steps)
 
     print("saving, exporting to Hugging Face's form, converting back")
     save(model, work / "checkpoint")
@@ -150,7 +152,7 @@ def quickstart(
         "max_violation": [
             round(float(value), 3) for value in history.max_violation[-50:].mean(axis=0)
         ],
-        "round_trip_max_difference": _difference(model, returned, corpus),
+        "round_trip_max_difference": _difference(model, returned, windows),
         "held_out": score(returned, split.held_out, length=settings.length),
         "sample": sample(returned, seed=seed),
     }
@@ -190,7 +192,9 @@ def _start(out: Path, *, force: bool) -> Path:
     return work
 
 
-def prepare(split: Split, settings: Settings) -> tuple[Tokenizer, Windows]:
+def prepare(
+    split: Split, settings: Settings, *, seed: int = 0
+) -> tuple[Tokenizer, Windows]:
     """A byte-level BPE trained on the training files, and those files in windows."""
     texts = list(read_texts(split.train))
     print(
@@ -198,7 +202,8 @@ def prepare(split: Split, settings: Settings) -> tuple[Tokenizer, Windows]:
         f"{len(split.held_out)} held out; training a BPE of {settings.vocab_size}"
     )
     tokenizer = train_bpe(texts, vocab_size=settings.vocab_size)
-    return tokenizer, Windows(tokenize(texts, tokenizer), length=settings.length)
+    corpus = tokenize(texts, tokenizer)
+    return tokenizer, Windows(corpus, length=settings.length, seed=seed)
 
 
 def train(
@@ -207,7 +212,6 @@ def train(
     *,
     settings: Settings,
     steps: int | None = None,
-    seed: int = 0,
 ) -> History:
     """Trains `model` in place, with a progress bar; stops early at `max_seconds`."""
     steps = settings.steps if steps is None else steps
@@ -216,7 +220,7 @@ def train(
     optimizer = adamw(rate)
     state = init_state(model, optimizer)
     step = make_step(model, optimizer, settings.recipe)
-    data = iter(batches(source, batch_size=settings.batch_size, seed=seed))
+    data = batches(source, batch_size=settings.batch_size)
     tokens = settings.batch_size * settings.length
     history: list[Metrics] = []
     began = time.monotonic()

@@ -7,7 +7,8 @@ import pytest
 
 from dsjax import quickstart as qs
 from dsjax.data.stdlib import python_source
-from dsjax.data.text import Corpus, Windows
+from dsjax.data.text import Corpus
+from dsjax.data.windows import Windows
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 from dsjax.train.step import Metrics
