@@ -95,7 +95,10 @@ def check(experiment: Experiment) -> None:
             f"model.max_length={experiment.model.max_length}"
         )
     batch, microbatch = experiment.batch, experiment.microbatch
-    for sequences in (batch.at(0), batch.sequences, batch.sequences - batch.at(0)):
+    sizes = [batch.sequences]
+    if batch.start is not None:
+        sizes += [batch.start, batch.increment]
+    for sequences in sizes:
         if microbatch < 1 or sequences % microbatch:
             raise UserError(f"microbatch={microbatch} must divide batch {batch}")
 

@@ -46,6 +46,11 @@ class Stop:
             self.signal = signal.SIGTERM
         return self.signal is not None
 
+    def started(self) -> None:
+        """The first step is done: from here on there is something to save."""
+        if self.phase is Phase.STARTING:
+            self.phase = Phase.STEPPING
+
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Around the writing of a checkpoint that shall not be cut short."""
