@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.extend.backend import clear_backends
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -62,6 +63,18 @@ def in_a_job(environment: Mapping[str, str]) -> bool:
     tasks = next((environment[name] for name in TASKS if name in environment), "1")
     pod = any("," in environment.get(name, "") for name in TPU_VARIABLES)
     return (tasks.isdigit() and int(tasks) > 1) or pod
+
+
+def simulate(devices: int) -> None:
+    """On a machine without an accelerator, makes its CPU at least so many devices: XLA
+    runs a small step mostly on one core, and a device can be a core.
+
+    Arrays made before are lost. Several processes say themselves how many each has.
+    """
+    alone = jax.process_count() == 1 and jax.default_backend() == "cpu"
+    if alone and devices > jax.device_count():
+        clear_backends()
+        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def part(rows: int, mesh: Mesh) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -42,9 +42,10 @@ from dsjax.eval.perplexity import evaluate
 from dsjax.models import small_init_std
 from dsjax.nn.transformer import Transformer
 from dsjax.sharding import make_mesh
-from dsjax.train.optimizer import adamw
-from dsjax.train.schedule import cosine
-from dsjax.train.step import Metrics, Recipe, init_state, make_step, write_back
+from dsjax.train.objective import Objective
+from dsjax.train.optimizer import AdamW
+from dsjax.train.schedule import Cosine, Progress
+from dsjax.train.step import Metrics, init_state, make_step, rates, write_back
 
 PROMPT = "def "
 
@@ -62,7 +63,7 @@ class Settings:
     warmup: int = 60
     peak_rate: float = 4e-3
     max_seconds: float = 200.0  # of training: a slower machine stops early, and says so
-    recipe: Recipe = field(default_factory=lambda: Recipe(bias_speed=5e-3))
+    objective: Objective = Objective(sequence_balance=1e-4, bias_speed=5e-3, mtp=0.3)
 
 
 def model_config(settings: Settings) -> ModelConfig:
@@ -216,17 +217,24 @@ def train(
     """Trains `model` in place, with a progress bar; stops early at `max_seconds`."""
     steps = settings.steps if steps is None else steps
     warmup = min(settings.warmup, steps)
-    rate = cosine(peak=settings.peak_rate, steps=steps, warmup=warmup, final=0.02)
-    optimizer = adamw(rate)
-    state = init_state(model, optimizer)
-    step = make_step(model, optimizer, settings.recipe)
+    schedule = Cosine(peak=settings.peak_rate, warmup=warmup, final=0.02)
+    state = init_state(model, AdamW())
+    step = make_step(model, optimizer=AdamW(), objective=settings.objective)
     data = batches(source, batch_size=settings.batch_size)
     tokens = settings.batch_size * settings.length
     history: list[Metrics] = []
     began = time.monotonic()
     with tqdm(total=steps, desc="training (first step compiles)", unit="step") as bar:
         while len(history) < steps:
-            state, metrics = step(state, next(data))
+            done = Progress(
+                step=len(history),
+                tokens=len(history) * tokens,
+                total_tokens=steps * tokens,
+            )
+            batch = {name: rows[None] for name, rows in next(data).items()}
+            state, metrics = step(
+                state, batch, rates(schedule, settings.objective, done)
+            )
             history.append(jax.device_get(metrics))
             if len(history) == 1:
                 bar.set_description("training")

@@ -239,7 +239,9 @@ class _Explained:
             for partial in directory.glob("*orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)
         steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
-        newest = f"the newest is {directory / str(max(steps))}" if steps else "none is whole"
+        newest = (
+            f"the newest is {directory / str(max(steps))}" if steps else "none is whole"
+        )
         raise UserError(
             f"{directory}: the disk is full, a checkpoint was not written; {newest}: "
             "make room and --resume"
@@ -259,7 +261,9 @@ def _names(state: TrainState) -> list[str]:
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    return dict(zip(_names(state), jax.tree.leaves(_without_weights(state)), strict=True))
+    return dict(
+        zip(_names(state), jax.tree.leaves(_without_weights(state)), strict=True)
+    )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -267,5 +271,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
         path = prefix + name
-        flat |= _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+        flat |= (
+            _flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+        )
     return flat

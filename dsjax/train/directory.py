@@ -1,11 +1,11 @@
 """A run's directory: begun once, gone on with by the same experiment.
 
-    RUN/experiment.txt    every value, as `describe` writes it
-    RUN/metrics.jsonl     a row for each step; tensorboard/ has the same
-    RUN/data/             text that was tokenised for the run
-    RUN/checkpoints/      the newest ones, by step
-    RUN/model/            the trained model; model_ema/ its average, where one is kept
-    RUN/profile/          an XProf trace, where one was asked for
+RUN/experiment.txt    every value, as `describe` writes it
+RUN/metrics.jsonl     a row for each step; tensorboard/ has the same
+RUN/data/             text that was tokenised for the run
+RUN/checkpoints/      the newest ones, by step
+RUN/model/            the trained model; model_ema/ its average, where one is kept
+RUN/profile/          an XProf trace, where one was asked for
 """
 
 import os
@@ -46,7 +46,9 @@ def open_run(out: Path, experiment: Experiment, *, resume: bool) -> RunDirectory
     run = RunDirectory(out)
     there = out.exists() and any(out.iterdir())
     if there and not resume:
-        raise UserError(f"{out} exists: --resume goes on with it, --out DIR begins anew")
+        raise UserError(
+            f"{out} exists: --resume goes on with it, --out DIR begins anew"
+        )
     if resume and not run.experiment.exists():
         raise UserError(f"{out} has no run to resume: no {run.experiment.name}")
     sync_global_devices("dsjax: every process has looked")

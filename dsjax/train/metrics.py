@@ -29,27 +29,29 @@ class Log:
 
     def __init__(self, directory: Path, *, step: int, writes: bool = True) -> None:
         self._file = self._board = None
-        self.evaluated = -1  # the last step with a row of an evaluation
+        kept = _kept(directory / FILE, step)
+        rows = [json.loads(line) for line in kept[-2:]]
+        # the last step with a row of an evaluation
+        self.evaluated = max(
+            (r["step"] for r in rows if "bits_per_byte" in r), default=-1
+        )
         if not writes:
             return
-        kept = list(_kept(directory / FILE, step))
         _replace(directory / FILE, kept)
-        rows = (json.loads(line) for line in kept[-2:])
-        self.evaluated = max((r["step"] for r in rows if "bits_per_byte" in r), default=-1)
         self._file = (directory / FILE).open("a")
         self._board = _tensorboard(directory / TENSORBOARD, step)
 
     def write(self, row: Row) -> None:
         """Appends a row; the system has it when this returns."""
-        if self._file is None:
-            return
-        loads = row.get("load")
-        if loads and sum(map(len, loads)) > MANY_LOADS and row["step"] % 100:
-            row = {name: value for name, value in row.items() if name != "load"}
-        self._file.write(json.dumps(_plain(row)) + "\n")
-        self._file.flush()
         if "bits_per_byte" in row:
             self.evaluated = row["step"]
+        if self._file is None:
+            return
+        row = _plain(row)
+        if sum(map(len, row.get("load", []))) > MANY_LOADS and row["step"] % 100:
+            del row["load"]
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
         if self._board is not None:
             _draw(self._board, row)
 

@@ -312,6 +312,7 @@ class Run:
         stopped = self.stop.signal
         return {
             "run": str(self.directory.path),
+            "first": jax.process_index() == 0,
             "step": self.counters.step,
             "steps": self.total,
             "tokens": self.counters.tokens,
@@ -333,4 +334,6 @@ class Run:
         elif done == PROFILED.stop:
             self._settle()
             jax.profiler.stop_trace()
-            self.console.say(f"trace of {len(PROFILED)} steps in {self.directory / 'profile'}")
+            self.console.say(
+                f"trace of {len(PROFILED)} steps in {self.directory / 'profile'}"
+            )

@@ -69,7 +69,9 @@ class Stop:
             for number in {*numbers} & {*CODES}:
                 if self.phase is Phase.STARTING:
                     _leave(number)
-                threading.Thread(target=self._expire, args=[number], daemon=True).start()
+                threading.Thread(
+                    target=self._expire, args=[number], daemon=True
+                ).start()
 
     def _expire(self, number: int) -> None:
         wait = threading.Event()
