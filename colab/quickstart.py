@@ -56,15 +56,18 @@ from tqdm.auto import tqdm
 import dsjax
 from dsjax.checkpoint import convert, export
 from dsjax.config import Dense, Mla, ModelConfig, Moe, Score, Segment
+from dsjax.data.loader import batches
 from dsjax.data.stdlib import python_source
-from dsjax.data.text import Windows, batches, read_texts, tokenize
+from dsjax.data.text import read_texts, tokenize
 from dsjax.data.tokenizer import train_bpe
+from dsjax.data.windows import Windows
 from dsjax.eval.perplexity import evaluate
 from dsjax.models import small_init_std
 from dsjax.nn.transformer import Transformer
-from dsjax.train.optimizer import adamw
-from dsjax.train.schedule import cosine
-from dsjax.train.step import init_state, make_step, write_back
+from dsjax.train.objective import Objective
+from dsjax.train.optimizer import AdamW
+from dsjax.train.schedule import Cosine, Progress
+from dsjax.train.step import init_state, make_step, rates, write_back
 
 STEPS = int(os.environ.get("DSJAX_NOTEBOOK_STEPS", "400"))
 print(jax.__version__, jax.devices())
@@ -79,12 +82,12 @@ split = python_source()
 texts = list(read_texts(split.train))
 tokenizer = train_bpe(texts, vocab_size=2048)
 windows = Windows(tokenize(texts, tokenizer), length=256)
-data = iter(batches(windows, batch_size=4, seed=0))
+data = batches(windows, batch_size=4)
 print(
     len(split.train),
     "files,",
-    len(windows),
-    "windows;",
+    windows.tokens_per_epoch,
+    "tokens;",
     len(split.held_out),
     "held out",
 )
@@ -132,11 +135,16 @@ print(model(tokens).shape, "logits of", tokens.shape, "tokens")
 # the routers' biases moved against the load, without a gradient.
 
 # %%
-optimizer = adamw(cosine(peak=5e-3, steps=STEPS, warmup=min(50, STEPS), final=0.02))
-state, step = init_state(model, optimizer), make_step(model, optimizer)
+optimizer = AdamW()
+objective = Objective(sequence_balance=1e-4, bias_speed=1e-3, mtp=0.3)
+schedule = Cosine(peak=5e-3, warmup=min(50, STEPS), final=0.02)
+state = init_state(model, optimizer)
+step = make_step(model, optimizer=optimizer, objective=objective)
 history = []
-for _ in (bar := tqdm(range(STEPS))):
-    state, metrics = step(state, next(data))
+for number in (bar := tqdm(range(STEPS))):
+    done = Progress(step=number, tokens=number * 1024, total_tokens=STEPS * 1024)
+    batch = {"tokens": next(data)["tokens"][None]}  # one microbatch of 4 x 256 tokens
+    state, metrics = step(state, batch, rates(schedule, objective, done))
     history.append(jax.device_get(metrics))
     bar.set_postfix(loss=f"{metrics.loss:.3f}", mtp=f"{metrics.mtp_loss:.3f}")
 write_back(model, state)

@@ -91,6 +91,7 @@ def parser() -> Parser:
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     for add in (
         _add_quickstart,
+        _add_train,
         _add_inspect,
         _add_convert,
         _add_export,
@@ -141,6 +142,102 @@ def _add_quickstart(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--steps", type=_positive, help="training steps")
     command.add_argument("--force", action="store_true", help="replace DIR")
+
+
+# --- train
+
+
+def _train(args: argparse.Namespace) -> None:
+    """Run an experiment: pre-training from text to a model.
+
+    Killed or stopped, it goes on with --resume as if nothing had happened.
+    """
+    from dsjax import hosts
+
+    hosts.start(
+        coordinator=args.coordinator,
+        processes=args.processes,
+        process_id=args.process_id,
+    )
+    from dsjax.train.override import find, override
+    from dsjax.train.run import train
+
+    experiment = find(args.experiment)
+    for setting in args.set:
+        experiment = override(experiment, setting)
+    hosts.simulate(experiment.mesh.devices)
+    result = train(
+        experiment,
+        out=args.out or Path("runs") / experiment.name,
+        resume=args.resume,
+        fallback=args.fallback,
+        steps=args.steps,
+        profile=args.profile,
+    )
+    if result["first"]:
+        print(json.dumps(result) if args.json else _report(result))
+    if result["stopped"] == "SIGINT":
+        raise KeyboardInterrupt
+
+
+def _report(result: dict) -> str:
+    lines = [
+        f"{result['step']} of {result['steps']} steps, {result['tokens']:,} tokens"
+    ]
+    if result["bits_per_byte"] is not None:
+        lines.append(
+            f"held out: {result['held_out_loss']:.4f} nats/token, "
+            f"{result['bits_per_byte']:.4f} bits/byte"
+        )
+    if result["skipped"]:
+        lines.append(f"{result['skipped']} steps were not finite and changed nothing")
+    if result["model"] is None:
+        lines.append(f"saved {result['checkpoint']}; --resume goes on")
+    else:
+        lines.append(f"model: {result['model']}")
+    return "\n".join(lines)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        _train,
+        example="dsjax train experiments.pretrain_tiny_v3 --set learning_rate.peak=2e-3",
+    )
+    command.add_argument(
+        "experiment",
+        metavar="PACKAGE.FUNCTION",
+        help="a function that returns an Experiment",
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="replace a field: model.segments.1.feed_forward.top_k=4",
+    )
+    command.add_argument(
+        "--out", metavar="DIR", help="the run's directory (default: runs/NAME)"
+    )
+    command.add_argument("--resume", action="store_true", help="go on with that run")
+    command.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the newest checkpoint cannot be read, use the one before",
+    )
+    command.add_argument(
+        "--steps", type=_positive, metavar="N", help="stop early, after step N"
+    )
+    command.add_argument(
+        "--profile", action="store_true", help="trace three steps for XProf"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    hosts = command.add_argument_group(
+        "several processes", "a TPU pod, Slurm and Open MPI need none of these"
+    )
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    hosts.add_argument("--processes", type=_positive, metavar="N")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="from 0")
 
 
 # --- inspect

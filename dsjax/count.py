@@ -110,11 +110,39 @@ def count(config: ModelConfig, *, context: int | None = None) -> Count:
     )
 
 
+def training_flops(config: ModelConfig, *, length: int, mtp: bool) -> int:
+    """FLOPs of one token, forward and backward (twice the forward), in sequences of
+    `length`: a token attends to half of it on average.
+
+    With `mtp` the MTP module and its use of the head are in it. What is computed again
+    instead of kept is not: these are the model's FLOPs, not the hardware's.
+    """
+    context = (length + 1) // 2
+    counted = count(config, context=context)
+    forward = counted.matmul_flops + counted.attention_flops
+    if mtp and config.mtp:
+        forward += _mtp_flops(config, context)
+    return 3 * forward
+
+
+def _mtp_flops(config: ModelConfig, context: int) -> int:
+    """Forward FLOPs of one token in the MTP module and, behind it, in the head."""
+    sizes = flat(Transformer.abstract(config)).items()
+    used = [
+        _active(config, path, leaf.size)
+        for path, leaf in sizes
+        if path.startswith("mtp.") and not _is_added(path)
+    ]
+    head = config.vocab_size * config.d_model
+    return 2 * (sum(used) + head) + _attention_flops(config.attention, context)
+
+
 def _active(config: ModelConfig, path: str, size: int) -> int:
     """How many of the `size` parameters at `path` one token uses."""
     if ".experts." not in path:
         return size
-    moe = config.segments[int(path.split(".")[1])].feed_forward
+    segment = -1 if path.startswith("mtp.") else int(path.split(".")[1])
+    moe = config.segments[segment].feed_forward
     return size * moe.top_k // moe.num_experts
 
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -31,18 +31,21 @@ from dsjax.config import (
     Score,
     Segment,
 )
+from dsjax.data.loader import batches
 from dsjax.data.stdlib import Split, python_source
-from dsjax.data.text import Windows, batches, read_texts, tokenize
+from dsjax.data.text import read_texts, tokenize
 from dsjax.data.tokenizer import Tokenizer, train_bpe
+from dsjax.data.windows import Windows
 from dsjax.decode.generate import generate
 from dsjax.errors import UserError
 from dsjax.eval.perplexity import evaluate
 from dsjax.models import small_init_std
 from dsjax.nn.transformer import Transformer
 from dsjax.sharding import make_mesh
-from dsjax.train.optimizer import adamw
-from dsjax.train.schedule import cosine
-from dsjax.train.step import Metrics, Recipe, init_state, make_step, write_back
+from dsjax.train.objective import Objective
+from dsjax.train.optimizer import AdamW
+from dsjax.train.schedule import Cosine, Progress
+from dsjax.train.step import Metrics, init_state, make_step, rates, write_back
 
 PROMPT = "def "
 
@@ -60,7 +63,7 @@ class Settings:
     warmup: int = 60
     peak_rate: float = 4e-3
     max_seconds: float = 200.0  # of training: a slower machine stops early, and says so
-    recipe: Recipe = field(default_factory=lambda: Recipe(bias_speed=5e-3))
+    objective: Objective = Objective(sequence_balance=1e-4, bias_speed=5e-3, mtp=0.3)
 
 
 def model_config(settings: Settings) -> ModelConfig:
@@ -131,10 +134,10 @@ def quickstart(
     settings = Settings() if settings is None else settings
     mesh = one_row_per_core(settings.batch_size)
     split = python_source() if split is None else split
-    tokenizer, corpus = prepare(split, settings)
+    tokenizer, windows = prepare(split, settings, seed=seed)
     model = Transformer.create(model_config(settings), seed=seed, mesh=mesh)
     model.tokenizer = tokenizer
-    history = train(model, corpus, settings=settings, steps=steps, seed=seed)
+    history = train(model, windows, settings=settings, steps=steps)
 
     print("saving, exporting to Hugging Face's form, converting back")
     save(model, work / "checkpoint")
@@ -150,7 +153,7 @@ def quickstart(
         "max_violation": [
             round(float(value), 3) for value in history.max_violation[-50:].mean(axis=0)
         ],
-        "round_trip_max_difference": _difference(model, returned, corpus),
+        "round_trip_max_difference": _difference(model, returned, windows),
         "held_out": score(returned, split.held_out, length=settings.length),
         "sample": sample(returned, seed=seed),
     }
@@ -190,7 +193,9 @@ def _start(out: Path, *, force: bool) -> Path:
     return work
 
 
-def prepare(split: Split, settings: Settings) -> tuple[Tokenizer, Windows]:
+def prepare(
+    split: Split, settings: Settings, *, seed: int = 0
+) -> tuple[Tokenizer, Windows]:
     """A byte-level BPE trained on the training files, and those files in windows."""
     texts = list(read_texts(split.train))
     print(
@@ -198,7 +203,8 @@ def prepare(split: Split, settings: Settings) -> tuple[Tokenizer, Windows]:
         f"{len(split.held_out)} held out; training a BPE of {settings.vocab_size}"
     )
     tokenizer = train_bpe(texts, vocab_size=settings.vocab_size)
-    return tokenizer, Windows(tokenize(texts, tokenizer), length=settings.length)
+    corpus = tokenize(texts, tokenizer)
+    return tokenizer, Windows(corpus, length=settings.length, seed=seed)
 
 
 def train(
@@ -207,22 +213,28 @@ def train(
     *,
     settings: Settings,
     steps: int | None = None,
-    seed: int = 0,
 ) -> History:
     """Trains `model` in place, with a progress bar; stops early at `max_seconds`."""
     steps = settings.steps if steps is None else steps
     warmup = min(settings.warmup, steps)
-    rate = cosine(peak=settings.peak_rate, steps=steps, warmup=warmup, final=0.02)
-    optimizer = adamw(rate)
-    state = init_state(model, optimizer)
-    step = make_step(model, optimizer, settings.recipe)
-    data = iter(batches(source, batch_size=settings.batch_size, seed=seed))
+    schedule = Cosine(peak=settings.peak_rate, warmup=warmup, final=0.02)
+    state = init_state(model, AdamW())
+    step = make_step(model, optimizer=AdamW(), objective=settings.objective)
+    data = batches(source, batch_size=settings.batch_size)
     tokens = settings.batch_size * settings.length
     history: list[Metrics] = []
     began = time.monotonic()
     with tqdm(total=steps, desc="training (first step compiles)", unit="step") as bar:
         while len(history) < steps:
-            state, metrics = step(state, next(data))
+            done = Progress(
+                step=len(history),
+                tokens=len(history) * tokens,
+                total_tokens=steps * tokens,
+            )
+            batch = {name: rows[None] for name, rows in next(data).items()}
+            state, metrics = step(
+                state, batch, rates(schedule, settings.objective, done)
+            )
             history.append(jax.device_get(metrics))
             if len(history) == 1:
                 bar.set_description("training")

@@ -186,7 +186,7 @@ def pretrain_v2() -> Experiment:
         tokens=8_100 * B,
         batch=BatchSize(sequences=9216, start=2304, ramp_tokens=225 * B, increment=768),
         microbatch=768,
-        learning_rate=MultiStep(peak=2.4e-4, at=(0.6, 0.9), factors=TWICE),
+        learning_rate=MultiStep(peak=2.4e-4, fractions=(0.6, 0.9), factors=TWICE),
         objective=Objective(
             sequence_balance=0.003,
             device_balance=0.05,
@@ -229,8 +229,8 @@ def pretrain_v3() -> Experiment:
         optimizer=AdamW(moments="bfloat16"),
         objective=Objective(
             sequence_balance=1e-4,
-            bias_speed=Piecewise(values=(0.001, 0.0), at=(14_300 * B,)),
-            mtp=Piecewise(values=(0.3, 0.1), at=(10 * T,)),
+            bias_speed=Piecewise(values=(0.001, 0.0), boundaries=(14_300 * B,)),
+            mtp=Piecewise(values=(0.3, 0.1), boundaries=(10 * T,)),
         ),
         remat=Remat.V3,
         mesh=MeshShape(fsdp=128, expert=8),

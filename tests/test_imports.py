@@ -19,7 +19,14 @@ MAY_IMPORT = {
     "dsjax.checkpoint": ("dsjax.nn",),
     "dsjax.decode": ("dsjax.nn", "dsjax.data"),  # data: the tokenizer
     "dsjax.data": ("dsjax.config", "dsjax.sharding"),
-    "dsjax.train": ("dsjax.nn", "dsjax.data", "dsjax.checkpoint"),
+    "dsjax.chips": (),
+    "dsjax.train": (
+        "dsjax.nn",
+        "dsjax.data",
+        "dsjax.checkpoint",
+        "dsjax.count",
+        "dsjax.chips",
+    ),
     "dsjax.eval": ("dsjax.decode", "dsjax.data"),
     "dsjax.count": ("dsjax.nn", "dsjax.models", "dsjax.checkpoint"),
     "pallas_kernels": ("pallas_kernels",),
@@ -37,6 +44,7 @@ TOP = (
 THIRD_PARTY = {
     "dsjax.errors": set(),
     "dsjax.config": {"jax"},
+    "dsjax.chips": set(),
     "pallas_kernels": {"jax", "jaxtyping", "numpy"},
 }
 

@@ -7,7 +7,8 @@ import pytest
 
 from dsjax import quickstart as qs
 from dsjax.data.stdlib import python_source
-from dsjax.data.text import Corpus, Windows
+from dsjax.data.text import Corpus
+from dsjax.data.windows import Windows
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 from dsjax.train.step import Metrics
@@ -74,11 +75,13 @@ def test_training_stops_when_its_time_is_over(monkeypatch, capsys):
         gradient_norm=zeros(()),
         load_LE=zeros((2, 8)),
         max_violation_L=zeros(2),
+        entropy_L=zeros(2),
+        skipped=zeros((), bool),
     )
     clock = iter(range(0, 10**6, 100))
     monkeypatch.setattr(qs.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(
-        qs, "make_step", lambda *_: lambda state, batch: (state, metrics)
+        qs, "make_step", lambda *_, **__: lambda state, *_: (state, metrics)
     )
     model = Transformer.create(qs.model_config(SETTINGS), seed=0)
     corpus = Corpus(tokens=np.arange(2000) % 300, starts=np.zeros(1, int))

@@ -25,6 +25,8 @@ BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
+# Before the prefix, in the hole's place, before what belongs there: V3's names.
+FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 REPLACEMENT = "\ufffd"  # how a decoder writes bytes that are no UTF-8 character
 
 CHAT_TEMPLATE = (
@@ -153,6 +155,12 @@ class Tokenizer:
         eos = self.eos_token and self.backend.token_to_id(self.eos_token)
         return () if eos is None else (eos,)
 
+    @property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """The ids that frame prefix, suffix and middle; None when the model has none."""
+        ids = tuple(self.backend.token_to_id(token) for token in FIM)
+        return None if None in ids else ids
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, begin-of-sequence first where the model's tokenizer adds
         it.
@@ -246,10 +254,11 @@ def train_bpe(
     """A byte-level BPE like the family's, trained on `texts`: any text encodes, and
     decodes to itself.
 
-    Ids 0 and 1 are begin and end of sentence, then the two chat marks; digits are split
-    one by one. The chat template is V3's format.
+    Ids 0 and 1 are begin and end of sentence, then the two chat marks and the three of
+    fill-in-the-middle; digits are split one by one. The chat template is V3's format.
+    `vocab_size` counts all of them.
     """
-    special = [BOS, EOS, USER, ASSISTANT]
+    special = [BOS, EOS, USER, ASSISTANT, *FIM]
     if vocab_size < 256 + len(special):
         raise UserError(
             f"vocab_size={vocab_size} must hold 256 bytes and {len(special)} specials"

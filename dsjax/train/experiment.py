@@ -28,6 +28,11 @@ class MeshShape:
     expert: int = 1
     tensor: int = 1
 
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh has."""
+        return self.data * self.fsdp * self.expert * self.tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:

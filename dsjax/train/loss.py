@@ -6,7 +6,7 @@ Letters: B batch, S window (T inputs + 1), T length, V vocabulary. Losses are in
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 
 @jax.custom_vjp
@@ -50,44 +50,20 @@ def _one_hot(targets_BT: Array, like_BTV: Array) -> Array:
     return targets_BT[..., None] == jnp.arange(like_BTV.shape[-1])
 
 
-def next_token_loss(
+def weighted(
     logits_BTV: Float[Array, "B T V"],
     targets_BT: Int[Array, "B T"],
-    mask_BT: Bool[Array, "B T"] | None = None,
+    weights_BT: Float[Array, "B T"],
 ) -> Float[Array, ""]:
-    """Mean cross-entropy over the positions whose `mask_BT` is 1; all of them without a
-    mask.
-    """
-    losses_BT = token_losses(logits_BTV, targets_BT)
-    if mask_BT is None:
-        return losses_BT.mean()
-    return jnp.sum(losses_BT * mask_BT) / jnp.maximum(jnp.sum(mask_BT), 1.0)
+    """The sum of all positions' cross-entropies, each times its weight."""
+    return jnp.sum(token_losses(logits_BTV, targets_BT) * weights_BT)
 
 
 def mtp_targets(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B T"]:
     """What the first MTP module predicts at each of the T inputs: the token two on (V3,
     section 2.2).
 
-    The last input has no such token in the window; its entry is 0 and `mtp_loss` leaves
-    it out.
+    The last input has no such token in the window; its entry is 0, and its weight has
+    to be.
     """
     return jnp.pad(tokens_BS[:, 2:], ((0, 0), (0, 1)))
-
-
-def mtp_loss(
-    logits_BTV: Float[Array, "B T V"],
-    targets_BT: Int[Array, "B T"],
-    mask_BT: Bool[Array, "B T"] | None = None,
-) -> Float[Array, ""]:
-    """V3's equation 24 for depth 1: cross-entropy summed over the T - 1 inputs that
-    have a target, over T.
-
-    `mask_BT` marks the targets that count, as in `next_token_loss`; then the sum is
-    over their number.
-    """
-    losses_BT = token_losses(logits_BTV, targets_BT)
-    has_target_T = jnp.arange(losses_BT.shape[1]) < losses_BT.shape[1] - 1
-    if mask_BT is None:
-        return jnp.mean(losses_BT * has_target_T)
-    total = jnp.maximum(jnp.sum(mask_BT), 1.0)
-    return jnp.sum(losses_BT * mask_BT * has_target_T) / total

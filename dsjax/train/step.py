@@ -3,65 +3,64 @@
 Parameters travel as flat dictionaries of dotted path -> array, the names of
 `dsjax.nn.weights.flat`; the Transformer is put together from them inside the step.
 
-Letters: B batch, S window (T inputs + 1), L MoE layers, E experts.
+Letters: A microbatches, B sequences of one, S window (T inputs + 1), L MoE layers, E
+experts.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float
 
-from dsjax.config import ModelConfig, Moe
+from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
-from dsjax.nn.weights import RouterBias, flat
-from dsjax.train import balance, loss
+from dsjax.train import balance
+from dsjax.train.objective import Objective, Terms, expert_parts, losses, shares
+from dsjax.train.optimizer import AdamW, adamw, apply
+from dsjax.train.schedule import Progress, Schedule, value
+from dsjax.train.state import TrainState, Weights, init_state, write_back
 
-Weights = dict[str, Array]  # dotted path -> array
-Rate = float | optax.Schedule
+__all__ = [
+    "Metrics",
+    "Rates",
+    "Step",
+    "TrainState",
+    "init_state",
+    "make_step",
+    "rates",
+    "write_back",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What is optimised beside next-token loss. Numbers, or schedules of the step.
-
-    Defaults are V3's (section 4.2): sequence-wise balance alpha, bias update speed
-    gamma, weight lambda of the MTP loss. A model without an MTP module or without
-    selection biases does without those terms.
-    """
-
-    sequence_balance: Rate = 1e-4
-    bias_speed: Rate = 1e-3
-    mtp: Rate = 0.3
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """Everything that a step changes; every leaf rests where its parameter does."""
-
-    step: Int[Array, ""]
-    params: Weights
-    biases: Weights  # of the routers: moved by `balance.update_bias` alone
-    moments: optax.OptState
+Batch = Mapping[str, Any]  # "tokens" int32 [A, B, S], "segments" the same if asked
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Terms:
-    """The parts of the objective. `loads` counts the batch's choices, [L, E] for each of
-    `expert_parts`.
+class Rates:
+    """What schedules say for one step. Numbers for the compiled step to read: a new
+    value compiles nothing.
     """
 
-    loss: Float[Array, ""]
-    mtp_loss: Float[Array, ""]
-    balance_loss: Float[Array, ""]
-    loads: tuple[Array, ...]
+    learning_rate: Float[Array, ""]
+    mtp: Float[Array, ""]
+    bias_speed: Float[Array, ""]
+
+
+def rates(learning_rate: Schedule, objective: Objective, progress: Progress) -> Rates:
+    """The rates of the step that follows `progress`, worked out in float64 Python."""
+    return Rates(
+        learning_rate=np.float32(value(learning_rate, progress)),
+        mtp=np.float32(value(objective.mtp, progress)),
+        bias_speed=np.float32(value(objective.bias_speed, progress)),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +68,10 @@ class Terms:
 class Metrics:
     """One step's figures, from before its update. Losses in nats a token.
 
-    `load` and `max_violation` have an entry for each MoE layer, the MTP module's last.
+    `balance_loss` is the weighted sum of the balance terms; `gradient_norm` is that
+    before clipping. `load`, `max_violation` and `entropy` (of the router, in nats) have
+    an entry for each MoE layer, the MTP module's last. `skipped`: loss or gradient were
+    not finite, and nothing was updated.
     """
 
     loss: Float[Array, ""]
@@ -78,114 +80,119 @@ class Metrics:
     gradient_norm: Float[Array, ""]
     load_LE: Float[Array, "L E"]
     max_violation_L: Float[Array, " L"]
+    entropy_L: Float[Array, " L"]
+    skipped: Bool[Array, ""]
 
 
-def init_state(
-    model: Transformer, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """A state at step 0 that starts from copies of the model's weights."""
-    weights = flat(model)
-    params = {k: v[...] for k, v in weights.items() if isinstance(v, nnx.Param)}
-    biases = {k: v[...] for k, v in weights.items() if isinstance(v, RouterBias)}
+@dataclass(frozen=True)
+class Step:
+    """A compiled step: (state, batch, rates) -> (state, metrics).
 
-    @jax.jit
-    def init(params: Weights, biases: Weights) -> TrainState:
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=jax.tree.map(jnp.copy, params),
-            biases=jax.tree.map(jnp.copy, biases),
-            moments=optimizer.init(params),
-        )
+    The old state's buffers are reused: do not touch it again. Each number of
+    microbatches compiles once. `lower` takes the same arguments, or their
+    ShapeDtypeStructs.
+    """
 
-    with jax.set_mesh(model.mesh):
-        return init(params, biases)
+    compiled: Callable
+    mesh: jax.sharding.Mesh
 
+    def __call__(
+        self, state: TrainState, batch: Batch, rates: Rates
+    ) -> tuple[TrainState, Metrics]:
+        """The next state, and figures of this step."""
+        with jax.set_mesh(self.mesh):
+            return self.compiled(state, dict(batch), rates)
 
-def write_back(model: Transformer, state: TrainState) -> None:
-    """Puts a state's weights into the model."""
-    for path, variable in flat(model).items():
-        variable.set_value({**state.params, **state.biases}[path])
+    def lower(
+        self, state: TrainState, batch: Batch, rates: Rates
+    ) -> jax.stages.Lowered:
+        """For a look at its memory, or to compile it for devices that are not here."""
+        with jax.set_mesh(self.mesh):
+            return self.compiled.lower(state, dict(batch), rates)
 
 
 def make_step(
     model: Transformer,
-    optimizer: optax.GradientTransformation,
-    recipe: Recipe | None = None,
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
-    """A compiled step (state, batch) -> (state, metrics) for models like `model`.
+    *,
+    optimizer: AdamW,
+    objective: Objective,
+    precision: Precision | None = None,
+    ema: float = 0.0,
+) -> Step:
+    """The step for models like `model`.
 
-    A batch holds "tokens" int32 [B, S] and, if documents shall not see each other,
-    "segments" int32 [B, S]. The old state's buffers are reused: do not touch it again.
+    A batch holds "tokens" int32 [A, B, S] and, if documents shall not see each other,
+    "segments" int32 [A, B, S]; the gradients of A microbatches are added up before the
+    one update. `precision` is the model's own by default; `ema` is the decay of the
+    average that the state keeps (0: none). Raises UserError when the objective has a
+    term that the model has nothing for.
     """
-    recipe = Recipe() if recipe is None else recipe
-    build, parts = _builder(model), expert_parts(model.config)
-
-    def objective(params: Weights, state: TrainState, batch: Mapping[str, Array]):
-        terms = losses(build(params | state.biases), batch)
-        total = terms.loss + _at(recipe.mtp, state.step) * terms.mtp_loss
-        total += _at(recipe.sequence_balance, state.step) * terms.balance_loss
-        return total, terms
+    objective.check(model.config)
+    precision = model.precision if precision is None else precision
+    build, transform = _builder(model), adamw(optimizer)
+    parts = expert_parts(model.config, objective)
 
     @jax.jit(donate_argnums=0)
-    def step(state: TrainState, batch: Mapping[str, Array]):
-        gradients, terms = jax.grad(objective, has_aux=True)(state.params, state, batch)
-        updates, moments = optimizer.update(gradients, state.moments, state.params)
-        speed = _at(recipe.bias_speed, state.step)
-        new = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            biases=_balanced(state.biases, dict(zip(parts, terms.loads)), speed),
+    def step(state: TrainState, batch: Batch, rates: Rates):
+        def total(params: Weights, microbatch: Batch, key: Array):
+            terms = losses(
+                build(params | state.biases),
+                microbatch,
+                objective=objective,
+                shares=whole,
+                key=key,
+            )
+            return terms.loss + rates.mtp * terms.mtp_loss + terms.balance_loss, terms
+
+        whole, key = shares(batch), state.key()
+        gradients, terms = _add_up(
+            jax.grad(total, has_aux=True), state.params, batch, key, precision.gradients
+        )
+        norm = optax.tree.norm(gradients)
+        updates, moments = transform.update(gradients, state.moments, state.params)
+        params = apply(state.params, updates, rates.learning_rate)
+        loads = dict(zip(parts, terms.loads))
+        new = replace(
+            state,
+            params=params,
+            biases=_balanced(state.biases, loads, rates.bias_speed),
             moments=moments,
+            ema=_averaged(state.ema, params, ema),
         )
-        return new, _metrics(terms, optax.tree.norm(gradients))
+        finite = jnp.isfinite(norm) & jnp.isfinite(terms.loss + terms.mtp_loss)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return replace(new, step=state.step + 1), _metrics(terms, norm, finite)
 
-    def run(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(model.mesh):
-            return step(state, dict(batch))
-
-    return run
+    return Step(step, model.mesh)
 
 
-def expert_parts(config: ModelConfig) -> list[str]:
-    """The parts of a model that route to experts, in layer order, as their paths start."""
-    moe = [isinstance(segment.feed_forward, Moe) for segment in config.segments]
-    parts = [f"segments.{number}" for number, has in enumerate(moe) if has]
-    return parts + ["mtp.block"] * (config.mtp and moe[-1])
+def _add_up(
+    gradient: Callable, params: Weights, batch: Batch, key: Array, dtype: DTypeLike
+) -> tuple[Weights, Terms]:
+    """The sums of `gradient(params, microbatch, key)` over a step's microbatches.
 
+    The sums rest where the parameters do, in `dtype`. A single microbatch has neither
+    loop nor sums.
+    """
 
-def losses(model: Transformer, batch: Mapping[str, Array]) -> Terms:
-    """All parts of the objective, and the expert loads, of one batch."""
-    tokens_BS = model.place(batch["tokens"])
-    inputs_BT, next_BT = tokens_BS[:, :-1], tokens_BS[:, 1:]
-    segments_BT = next_mask_BT = mtp_mask_BT = None
-    if "segments" in batch:  # a target in another document does not count
-        segments_BS = model.place(batch["segments"])
-        segments_BT = segments_BS[:, :-1]
-        next_mask_BT = segments_BT == segments_BS[:, 1:]
-        mtp_mask_BT = segments_BT == loss.mtp_targets(segments_BS)
-    output = model.forward(inputs_BT, segments_BT=segments_BT)
-    routings = [routing for routing in output.routing if routing is not None]
-    mtp = jnp.zeros(())
-    if model.config.mtp:
-        further_BTD, routing = model.predict_further(
-            output.hidden_BTD, next_BT, segments_BT=segments_BT
-        )
-        if routing is not None:  # one layer: give it the stacked ones' leading axis
-            routings.append(jax.tree.map(lambda leaf: leaf[None], routing))
-        mtp = loss.mtp_loss(
-            model.head(further_BTD), loss.mtp_targets(tokens_BS), mtp_mask_BT
-        )
-    return Terms(
-        loss=loss.next_token_loss(
-            model.logits(output.hidden_BTD), next_BT, next_mask_BT
-        ),
-        mtp_loss=mtp,
-        balance_loss=sum(
-            balance.sequence_loss(routing.load_BE, routing.probability_BE)
-            for routing in routings
-        ),
-        loads=tuple(routing.load_BE.sum(axis=1) for routing in routings),
+    def one(microbatch: Batch, index: Array) -> tuple[Weights, Terms]:
+        found, terms = gradient(params, microbatch, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), found), terms
+
+    count = len(batch["tokens"])
+    if count == 1:
+        return one({name: rows[0] for name, rows in batch.items()}, 0)
+
+    def body(sums, inputs):
+        return jax.tree.map(jnp.add, sums, one(*inputs)), None
+
+    inputs = dict(batch), jnp.arange(count)
+    first = jax.tree.map(lambda leaf: leaf[0], inputs)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, out_sharding=leaf.sharding),
+        jax.eval_shape(one, *first),
     )
+    return jax.lax.scan(body, zeros, inputs)[0]
 
 
 def _balanced(biases: Weights, loads: dict[str, Array], speed: Array) -> Weights:
@@ -200,15 +207,26 @@ def _balanced(biases: Weights, loads: dict[str, Array], speed: Array) -> Weights
     return biases | new
 
 
-def _metrics(terms: Terms, gradient_norm: Array) -> Metrics:
-    load_LE = jnp.concatenate(terms.loads) if terms.loads else jnp.zeros((0, 1))
+def _averaged(ema: Weights, params: Weights, decay: float) -> Weights:
+    """The moving average after a step, float32; stays empty if none is kept."""
+    return {
+        path: decay * mean + (1.0 - decay) * params[path].astype(mean.dtype)
+        for path, mean in ema.items()
+    }
+
+
+def _metrics(terms: Terms, norm: Array, finite: Array) -> Metrics:
+    moe = bool(terms.loads)
+    load_LE = jnp.concatenate(terms.loads) if moe else jnp.zeros((0, 1))
     return Metrics(
         loss=terms.loss,
         mtp_loss=terms.mtp_loss,
         balance_loss=terms.balance_loss,
-        gradient_norm=gradient_norm,
+        gradient_norm=norm,
         load_LE=load_LE,
         max_violation_L=balance.max_violation(load_LE),
+        entropy_L=jnp.concatenate(terms.entropies) if moe else jnp.zeros(0),
+        skipped=~finite,
     )
 
 
@@ -225,7 +243,3 @@ def _builder(model: Transformer) -> Callable[[Weights], Transformer]:
         return nnx.merge(graph, nnx.from_flat_state(filled))
 
     return build
-
-
-def _at(rate: Rate, step: Array) -> Array:
-    return jnp.asarray(rate(step) if callable(rate) else rate, jnp.float32)

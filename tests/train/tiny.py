@@ -57,7 +57,9 @@ def run() -> Experiment:
     return Experiment(
         name="tiny",
         model=model(),
-        data=Data(sources=StandardLibrary(vocab_size=320, held_out_percent=10)),
+        data=Data(
+            sources=StandardLibrary(vocab_size=320, held_out_percent=10, root="dsjax")
+        ),
         length=32,
         tokens=12 * 8 * 32,
         batch=BatchSize(sequences=8),
