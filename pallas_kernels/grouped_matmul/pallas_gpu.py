@@ -269,7 +269,8 @@ def _weights_kernel(dy: Array, x: Array, sizes: Array) -> Array:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         out = plgpu.SMEM((2, half, tiles.columns), x.dtype, transforms=TILED)
-        pipeline = functools.partial(pipeline, steps=1)
+        # Buffers for all stages: a pipeline of fewer steps would allocate fewer.
+        pipeline = functools.partial(pipeline, steps=tiles.stages)
         _run(scope, pipeline, (dy_ref, x_ref), out)
 
     return _call(kernel, (G, N, K), x.dtype)(starts, ends, dy, x)
