@@ -48,5 +48,5 @@ def _nats(
     tokens_BS = model.place(batch["tokens"])
     segments_BT = batch["segments"][:, :-1] if "segments" in batch else None
     output = model.forward(tokens_BS[:, :-1], segments_BT=segments_BT)
-    mask_BT = model.place(batch["mask"]).astype("float32")
+    mask_BT = model.place(batch["mask"].astype("int32")).astype("float32")
     return loss.weighted(model.logits(output.hidden_BTD), tokens_BS[:, 1:], mask_BT)

@@ -13,6 +13,7 @@ import dsjax
 from dsjax import cli
 from dsjax.checkpoint import export
 from dsjax.nn.weights import flat
+from dsjax.train import build
 from tests.train import runs
 
 STEPS = 24
@@ -145,8 +146,17 @@ def test_asked_to_stop_while_it_compiles(tmp_path):
     assert runs.rows(out) == []
 
 
-def test_resumes_on_another_mesh(finished, tmp_path, capsys):
-    """Six steps on eight devices, the rest on one: float tolerance."""
+def test_resumes_on_another_mesh(finished, tmp_path, capsys, monkeypatch):
+    """Six steps on eight devices, the rest on one: float tolerance. Each of the two
+    compiles one step.
+    """
+    made, make_step = [], build.make_step
+
+    def noted(*args, **options):
+        made.append(make_step(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(build, "make_step", noted)
     out, name = str(tmp_path / "run"), "tests.train.tiny.run"
     mesh = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
     many = [*mesh, "--set=microbatch=8", "--steps=6"]
@@ -158,6 +168,7 @@ def test_resumes_on_another_mesh(finished, tmp_path, capsys):
     ours = [row for row in runs.rows(tmp_path / "run") if "loss" in row]
     theirs = [row for row in runs.rows(finished[0]) if "loss" in row]
     assert len(ours) == 12
+    assert [step.compiled._cache_size() for step in made] == [1, 1]
     for one, other in zip(ours, theirs):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["mtp_loss"] == pytest.approx(other["mtp_loss"], rel=1e-5)
