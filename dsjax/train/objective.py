@@ -6,11 +6,14 @@ L MoE layers, E experts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 from jaxtyping import Float, PRNGKeyArray
 
 from dsjax.config import ModelConfig, Moe
@@ -171,6 +174,7 @@ def losses(
         further_weights_BT *= segments_BT == loss.mtp_targets(segments_BS)
     output = model.forward(inputs_BT, segments_BT=segments_BT)
     routings = [routing for routing in output.routing if routing is not None]
+    entropy = partial(_cross_entropy, model)
     mtp = jnp.zeros(())
     if objective.predicts_further(model.config):
         state_BTD, routing = model.predict_further(
@@ -178,9 +182,9 @@ def losses(
         )
         if routing is not None:  # one layer: give it the stacked ones' leading axis
             routings.append(jax.tree.map(lambda leaf: leaf[None], routing))
-        mtp = loss.weighted(model.head(state_BTD), further_BT, further_weights_BT)
+        mtp = entropy(state_BTD, further_BT, further_weights_BT)
     return Terms(
-        loss=loss.weighted(model.logits(output.hidden_BTD), next_BT, next_weights_BT),
+        loss=entropy(model.final_norm(output.hidden_BTD), next_BT, next_weights_BT),
         mtp_loss=mtp,
         balance_loss=shares.microbatch
         * sum((_balance(objective, routing) for routing in routings), jnp.zeros(())),
@@ -188,6 +192,19 @@ def losses(
         entropies=tuple(
             shares.microbatch * routing.entropy_B.mean(axis=1) for routing in routings
         ),
+    )
+
+
+def _cross_entropy(
+    model: Transformer, normed_BTD: Array, targets_BT: Array, weights_BT: Array
+) -> Float[Array, ""]:
+    if model.config.tied_embeddings:
+        head_VD = reshard(model.embedding_VD[...], P("tensor", None))
+    else:
+        head_VD = model.head_VD[...]
+    statistics = model.precision.statistics
+    return loss.cross_entropy(
+        normed_BTD, head_VD, targets_BT, weights_BT, statistics=statistics
     )
 
 
