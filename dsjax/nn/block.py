@@ -43,8 +43,9 @@ class Block(nnx.Module):
         normed_BTD = self.attention_norm(x_BTD)
         y_BTD, cache = self.attention(normed_BTD, context, cache, layer)
         x_BTD = keep(x_BTD + y_BTD)
-        y_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        routing = None
+        normed_BTD, routing = self.feed_forward_norm(x_BTD), None
         if isinstance(self.feed_forward, MixtureOfExperts):
-            y_BTD, routing = y_BTD
+            y_BTD, routing = self.feed_forward(normed_BTD, context)
+        else:
+            y_BTD = self.feed_forward(normed_BTD)
         return x_BTD + y_BTD, cache, routing

@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import Gqa, Mla, ModelConfig
+from dsjax.nn.attention import Sight
+from dsjax.nn.dropping import Dropping
 from dsjax.nn.weights import batch_axes
 from dsjax.sharding import BATCH, fit
 
@@ -34,24 +36,27 @@ class Context:
     """What every layer knows of the tokens at hand, besides their activations.
 
     Positions turn queries and keys; while decoding they are also the cache slots.
-    Tokens see only their own segment (document); None is one segment a row.
+    Tokens see only their own segment (document); None is one segment a row. With
+    `dropping`, experts leave out rows of sequences that are not protected.
     """
 
     positions_BT: Int[Array, "B T"]
     segments_BT: Int[Array, "B T"] | None = None
+    protected_B: Bool[Array, " B"] | None = None
     phase: Phase = field(metadata={"static": True}, default=Phase.FULL)
+    dropping: Dropping | None = field(metadata={"static": True}, default=None)
 
-    def mask(self) -> Bool[Array, "B T T"]:
-        """Which of the tokens at hand each of them sees: itself and earlier ones."""
-        length = self.positions_BT.shape[1]
-        mask = jnp.tril(jnp.ones((1, length, length), bool))
-        if self.segments_BT is not None:
-            mask &= self.segments_BT[:, :, None] == self.segments_BT[:, None, :]
-        return mask
-
-    def cache_mask(self, slots: int) -> Bool[Array, "B T S"]:
-        """Which cache slots each token at hand sees: its own and earlier ones."""
-        return jnp.arange(slots) <= self.positions_BT[:, :, None]
+    def sight(self) -> Sight:
+        """Each token sees itself and earlier ones of its segment: of those at hand, or,
+        while decoding, of the cache's slots.
+        """
+        if self.phase is Phase.DECODE:
+            return Sight(last_BT=self.positions_BT)
+        return Sight(
+            last_BT=jnp.arange(self.positions_BT.shape[1])[None],
+            segments_BT=self.segments_BT,
+            segments_BS=self.segments_BT,
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -54,12 +54,8 @@ class GroupedQueryAttention(nnx.Module):
         if context.phase is kv.Phase.DECODE:
             k = kv.read(cache.k_YBSKH, layer).astype(self.dtype)
             v = kv.read(cache.v_YBSKH, layer).astype(self.dtype)
-            mask = context.cache_mask(k.shape[1])
-        else:
-            mask = context.mask()
-        out_BTKGH = attend(
-            q, k, v, mask, self.config.head_dim**-0.5, self.precision.softmax
-        )
+        scale, dtype = self.config.head_dim**-0.5, self.precision.softmax
+        out_BTKGH = attend(q, k, v, context.sight(), scale, dtype)
         y_BTD = jnp.einsum(
             "BTKGH,DKGH->BTD",
             out_BTKGH,

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import Mla, Yarn
 from dsjax.nn import cache as kv
-from dsjax.nn.attention import attend, masked_softmax
+from dsjax.nn.attention import Sight, attend, hide, softmax
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
@@ -70,10 +70,9 @@ class MultiHeadLatentAttention(nnx.Module):
         if context.phase is kv.Phase.DECODE:
             c_BSL = kv.read(cache.latent_YBSL, layer).astype(self.dtype)
             k_BSR = kv.read(cache.rope_YBSR, layer).astype(self.dtype)
-            mask = context.cache_mask(c_BSL.shape[1])
-            out_BTNH = self.absorbed(q_BTNH, q_BTNR, c_BSL, k_BSR, mask)
+            out_BTNH = self.absorbed(q_BTNH, q_BTNR, c_BSL, k_BSR, context.sight())
         else:
-            out_BTNH = self.expanded(q_BTNH, q_BTNR, c_BTL, k_BTR, context.mask())
+            out_BTNH = self.expanded(q_BTNH, q_BTNR, c_BTL, k_BTR, context.sight())
         y_BTD = jnp.einsum(
             "BTNH,DNH->BTD",
             out_BTNH,
@@ -112,7 +111,7 @@ class MultiHeadLatentAttention(nnx.Module):
         q_BTNR: Float[Array, "B T N R"],
         c_BSL: Float[Array, "B S L"],
         k_BSR: Float[Array, "B S R"],
-        mask_BTS: Bool[Array, "#B T S"],
+        sight: Sight,
     ) -> Float[Array, "B T N U"]:
         """Attention on every head's own keys and values, built from the latents."""
         kv_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, use(self.kv_up_NHL, self.dtype))
@@ -124,8 +123,8 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         q = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)[:, :, :, None]
         k = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
-        softmax = self.precision.softmax
-        return attend(q, k, v_BSNH, mask_BTS, self.scale, softmax)[:, :, :, 0]
+        dtype = self.precision.softmax
+        return attend(q, k, v_BSNH, sight, self.scale, dtype)[:, :, :, 0]
 
     def absorbed(
         self,
@@ -133,7 +132,7 @@ class MultiHeadLatentAttention(nnx.Module):
         q_BTNR: Float[Array, "B T N R"],
         c_BSL: Float[Array, "B S L"],
         k_BSR: Float[Array, "B S R"],
-        mask_BTS: Bool[Array, "#B T S"],
+        sight: Sight,
     ) -> Float[Array, "B T N U"]:
         """The same attention on the latents themselves: nothing per head and slot."""
         up_NHL = use(self.kv_up_NHL, self.dtype)
@@ -142,6 +141,7 @@ class MultiHeadLatentAttention(nnx.Module):
         wide = {"preferred_element_type": self.precision.softmax}
         scores = jnp.einsum("BTNL,BSL->BNTS", q_BTNL, c_BSL, **wide)
         scores += jnp.einsum("BTNR,BSR->BNTS", q_BTNR, k_BSR, **wide)
-        weights = masked_softmax(scores * self.scale, mask_BTS[:, None])
+        mask_BTS = sight.mask(c_BSL.shape[1])
+        weights, _ = softmax(hide(scores * self.scale, mask_BTS[:, None]))
         mix_BTNL = jnp.einsum("BNTS,BSL->BTNL", weights.astype(c_BSL.dtype), c_BSL)
         return jnp.einsum("BTNL,NHL->BTNH", mix_BTNL, v_up_NHL)

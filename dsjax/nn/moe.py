@@ -1,7 +1,7 @@
 """The mixture of experts: shared experts for all tokens, routed ones for some.
 
 Every token's k rows are sorted by expert and multiplied by grouped products, so the cost
-follows the chosen rows; no token is ever dropped.
+follows the chosen rows. None is dropped, unless training asks for it as V2 did.
 
 Letters: B batch, T length, D model, E experts, F expert width, k chosen experts, M rows
 (one for each token and choice).
@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import Moe
+from dsjax.nn import cache as kv
 from dsjax.nn.feed_forward import SwiGlu
 from dsjax.nn.options import Build, keep
 from dsjax.nn.router import Router, Routing
@@ -32,10 +33,10 @@ class MixtureOfExperts(nnx.Module):
             self.shared = SwiGlu(d_model, config.num_shared * config.width, build=build)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"]
+        self, x_BTD: Float[Array, "B T D"], context: kv.Context
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The layer's contribution to the residual stream, and where tokens went."""
-        routing = self.router(x_BTD)
+        routing = self.router(x_BTD, context)
         y_BTD = self.experts(x_BTD, routing)
         if self.config.num_shared:
             y_BTD += self.shared(x_BTD)
@@ -92,7 +93,36 @@ class Experts(nnx.Module):
             in_specs=(rows_BT, rows_BT, rows_BT, in_EFD, in_EFD, out_EDF),
             out_specs=rows_BT,
             check_vma=False,
-        )(x_BTD, routing.indices_BTk, routing.weights_BTk, *weights)
+        )(x_BTD, self._computed(routing), routing.weights_BTk, *weights)
+
+    def _computed(self, routing: Routing) -> Int[Array, "B T k"]:
+        """The chosen experts; a dropped choice names none that exists."""
+        if routing.kept_BTk is None:
+            return routing.indices_BTk
+        nowhere = self.gate_EFD.shape[0]
+        return jnp.where(routing.kept_BTk, routing.indices_BTk, nowhere)
+
+
+@jax.custom_vjp
+def _product(x_MK: Array, w_GNK: Array, sizes_G: Array) -> Array:
+    """`grouped_matmul` that keeps only its operands for the gradient.
+
+    It has a branch for each platform; by themselves all would keep what theirs needs.
+    """
+    return grouped_matmul(x_MK, w_GNK, sizes_G)
+
+
+def _product_forward(x_MK, w_GNK, sizes_G):
+    return grouped_matmul(x_MK, w_GNK, sizes_G), (x_MK, w_GNK, sizes_G)
+
+
+def _product_backward(saved, dy_MN):
+    x_MK, w_GNK, sizes_G = saved
+    _, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_G), x_MK, w_GNK)
+    return *back(dy_MN), None
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _axes(spec: P) -> set[str]:
@@ -114,9 +144,9 @@ def _apply_experts(x_BTD, indices_BTk, affinities_BTk, gate_EFD, up_EFD, down_ED
     order_M = keep(jnp.argsort(expert_M, stable=True))
     sizes_E = jnp.bincount(expert_M, length=E + 1)[:E].astype(jnp.int32)
     rows_MD = keep(x_BTD.reshape(-1, D)[order_M // k])
-    gate_MF = keep(grouped_matmul(rows_MD, gate_EFD, sizes_E))
-    up_MF = keep(grouped_matmul(rows_MD, up_EFD, sizes_E))
-    out_MD = keep(grouped_matmul(jax.nn.silu(gate_MF) * up_MF, down_EDF, sizes_E))
+    gate_MF = keep(_product(rows_MD, gate_EFD, sizes_E))
+    up_MF = keep(_product(rows_MD, up_EFD, sizes_E))
+    out_MD = keep(_product(jax.nn.silu(gate_MF) * up_MF, down_EDF, sizes_E))
     back_M = keep(jnp.argsort(order_M))  # from sorted rows back to token order
     out = out_MD[back_M].reshape(B, T, k, D).astype(jnp.float32)
     return (out * affinities_BTk[..., None]).sum(axis=2)

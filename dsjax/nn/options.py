@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dsjax.nn.weights import GATHERED, filled, weight
+from dsjax.nn.weights import filled, weight
 from dsjax.sharding import Sharding
 
 _KEPT = "kept"
+COPIES = ("convert_element_type", "optimization_barrier", "reshard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,8 @@ FLOAT32 = Precision(compute=jnp.float32)
 class Remat(enum.Enum):
     """What the backward pass computes again instead of keeping.
 
-    Weights gathered or cast for their use are never kept, whatever the choice.
+    Weights gathered or cast for their use are never kept, whatever the choice: that
+    would be a second copy of the model, and not cut over the devices.
     """
 
     NONE = "none"
@@ -59,12 +62,17 @@ class Remat(enum.Enum):
         policies = jax.checkpoint_policies
         match self:
             case Remat.NONE:
-                policy = policies.save_anything_except_these_names(GATHERED)
+                policy = _all_but_copies
             case Remat.FULL:
                 policy = policies.nothing_saveable
             case Remat.V3:
                 policy = policies.save_only_these_names(_KEPT)
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def _all_but_copies(primitive: Primitive, *_, **__) -> bool:
+    """A policy of `jax.checkpoint`: casts and gathers are done again."""
+    return primitive.name not in COPIES
 
 
 def keep(x: Array) -> Array:

@@ -9,14 +9,16 @@ Letters: B batch, T length, D model, E experts, k chosen experts. Affinities are
 follows from them, counts included, is float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import Groups, GroupScore, Moe, Score
+from dsjax.nn import cache as kv
+from dsjax.nn.dropping import kept_rows
 from dsjax.nn.options import Build, keep
 from dsjax.nn.weights import RouterBias, use
 
@@ -29,7 +31,8 @@ class Routing:
     load: how often each expert was chosen, a row. probability: each expert's affinity
     as a share of the token's sum, averaged over the row (P_i of V3's equation 19).
     entropy: of those shares of a token, in nats, averaged over the row; a figure to
-    watch, without gradient. ln E is a router without preference.
+    watch, without gradient. ln E is a router without preference. kept: false for
+    choices that are dropped; None drops none. Load and probability are from before.
     """
 
     indices_BTk: Int[Array, "*L B T k"]
@@ -37,6 +40,7 @@ class Routing:
     load_BE: Float[Array, "*L B E"]
     probability_BE: Float[Array, "*L B E"]
     entropy_B: Float[Array, "*L B"]
+    kept_BTk: Bool[Array, "*L B T k"] | None = None
 
 
 class Router(nnx.Module):
@@ -50,7 +54,7 @@ class Router(nnx.Module):
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
             self.bias_E = RouterBias(zeros, spec=sharding.router_bias_E)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
+    def __call__(self, x_BTD: Float[Array, "B T D"], context: kv.Context) -> Routing:
         """The routing of every token."""
         weight_ED, x_BTD = use(self.weight_ED, self.dtype), x_BTD.astype(self.dtype)
         logits_BTE = jnp.einsum("BTD,ED->BTE", x_BTD, weight_ED, precision="highest")
@@ -61,7 +65,17 @@ class Router(nnx.Module):
             case Score.SIGMOID:
                 scores_BTE = jax.nn.sigmoid(logits_BTE)
         bias_E = use(self.bias_E, jnp.float32) if self.config.selection_bias else None
-        return route(scores_BTE, bias_E, self.config)
+        routing = route(scores_BTE, bias_E, self.config)
+        if context.dropping is None:
+            return routing
+        kept_BTk = kept_rows(
+            context.dropping,
+            routing.indices_BTk,
+            jax.lax.stop_gradient(_pick(scores_BTE, routing.indices_BTk)),
+            context.protected_B,
+            experts=self.config.num_experts,
+        )
+        return replace(routing, kept_BTk=kept_BTk)
 
 
 def route(
@@ -75,8 +89,7 @@ def route(
     if config.groups is not None:
         choice = _limit_to_groups(choice, config.groups)
     indices_BTk = jax.lax.top_k(choice, config.top_k)[1]
-    chosen_BTkE = jax.nn.one_hot(indices_BTk, config.num_experts, dtype=jnp.float32)
-    weights_BTk = (scores_BTE[:, :, None] * chosen_BTkE).sum(axis=-1)
+    weights_BTk = _pick(scores_BTE, indices_BTk)
     if config.renormalize:
         weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + 1e-20
     share_BTE = scores_BTE / scores_BTE.sum(axis=-1, keepdims=True)
@@ -84,10 +97,19 @@ def route(
     return Routing(
         indices_BTk=indices_BTk,
         weights_BTk=weights_BTk * config.scale,
-        load_BE=chosen_BTkE.sum(axis=(1, 2)),
+        load_BE=_one_hot(indices_BTk, scores_BTE).sum(axis=(1, 2)),
         probability_BE=share_BTE.mean(axis=1),
         entropy_B=entropy_BT.mean(axis=1),
     )
+
+
+def _pick(scores_BTE: Array, indices_BTk: Array) -> Array:
+    """Each token's scores of its chosen experts."""
+    return (scores_BTE[:, :, None] * _one_hot(indices_BTk, scores_BTE)).sum(axis=-1)
+
+
+def _one_hot(indices_BTk: Array, like_BTE: Array) -> Array:
+    return jax.nn.one_hot(indices_BTk, like_BTE.shape[-1], dtype=jnp.float32)
 
 
 def _limit_to_groups(choice_BTE: Array, groups: Groups) -> Array:

@@ -11,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, reshard
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import ModelConfig, Segment
 from dsjax.nn import cache as kv
 from dsjax.nn.block import Block
+from dsjax.nn.dropping import Dropping
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import FLOAT32, Build, Precision, Remat
@@ -116,16 +117,35 @@ class Transformer(nnx.Module):
         *,
         positions_BT: Int[Given, "B T"] | None = None,
         segments_BT: Int[Given, "B T"] | None = None,
+        dropping: Dropping | None = None,
+        rng: Array | None = None,
     ) -> Output:
-        """All layers over whole sequences; documents in `segments` do not mix."""
+        """All layers over whole sequences; documents in `segments` do not mix.
+
+        With `dropping` (training alone), experts leave out what is over their capacity;
+        the key `rng` draws the sequences that are spared, the same ones in every layer.
+        """
         tokens_BT = self.place(tokens_BT)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])
         context = kv.Context(
             positions_BT=self._like(tokens_BT, positions_BT),
             segments_BT=None if segments_BT is None else self.place(segments_BT),
+            protected_B=self._protected(tokens_BT, dropping, rng),
+            dropping=dropping,
         )
         return self._layers(tokens_BT, context, None)
+
+    def _protected(
+        self, tokens_BT: Array, dropping: Dropping | None, rng: Array | None
+    ) -> Bool[Array, " B"] | None:
+        """The sequences that are never dropped from."""
+        if dropping is None:
+            return None
+        if rng is None:
+            raise ValueError(f"{dropping=} needs an rng key")
+        rows = jax.random.bernoulli(rng, dropping.protected, tokens_BT.shape[:1])
+        return reshard(rows, P(batch_axes(tokens_BT)))
 
     def prefill(
         self,
@@ -161,11 +181,20 @@ class Transformer(nnx.Module):
         next_BT: Int[Given, "B T"],
         *,
         segments_BT: Int[Given, "B T"] | None = None,
+        dropping: Dropping | None = None,
+        rng: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing | None]:
-        """MTP's state after its own norm, and its routing; `next` follows each token."""
+        """MTP's state after its own norm, and its routing; `next` follows each token.
+
+        The same `rng` as in `forward` spares the same sequences.
+        """
         next_BT = self.place(next_BT)
-        positions_BT = self._like(next_BT, jnp.arange(next_BT.shape[1]))
-        context = kv.Context(positions_BT=positions_BT, segments_BT=segments_BT)
+        context = kv.Context(
+            positions_BT=self._like(next_BT, jnp.arange(next_BT.shape[1])),
+            segments_BT=None if segments_BT is None else self.place(segments_BT),
+            protected_B=self._protected(next_BT, dropping, rng),
+            dropping=dropping,
+        )
         return self.mtp(self.final_norm(hidden_BTD), self.embed(next_BT), context)
 
     def mtp_logits(

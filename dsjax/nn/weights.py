@@ -7,15 +7,12 @@ conversion is a reshape and nothing else.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from dsjax.sharding import REST, named
-
-GATHERED = "gathered"  # names, for `Remat`, every step from a resting weight to its use
 
 
 class RouterBias(nnx.Variable):
@@ -44,18 +41,13 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     array = weight[...]
     if array.dtype != dtype:
         # Or XLA casts the stacked layers as a whole, before the loop over them.
-        array = _named(jax.lax.optimization_barrier(array))
-        array = _named(array.astype(dtype))
+        array = jax.lax.optimization_barrier(array).astype(dtype)
     spec = _spec(array)
     for axis in reversed(REST):
         gathered = P(*(_without(entry, axis) for entry in spec))
         if gathered != spec:
-            array, spec = _named(jax.sharding.reshard(array, gathered)), gathered
+            array, spec = jax.sharding.reshard(array, gathered), gathered
     return array
-
-
-def _named(array: Array) -> Array:
-    return checkpoint_name(array, GATHERED)
 
 
 def batch_axes(x: Array) -> str | tuple[str, ...] | None:

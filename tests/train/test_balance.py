@@ -5,11 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.config import Moe, Score
+from dsjax.config import Groups, GroupScore, Moe, Score
+from dsjax.errors import UserError
 from dsjax.nn.router import route
-from dsjax.train.balance import expert_loss, max_violation, sequence_loss, update_bias
+from dsjax.train.balance import (
+    batch_wise,
+    communication_loss,
+    device_limit,
+    device_loss,
+    expert_loss,
+    max_violation,
+    sent,
+    sequence_loss,
+    update_bias,
+)
 
 L, B, T, E, K = 2, 3, 50, 8, 2
+D = 4  # devices of two experts each
 
 
 @pytest.fixture
@@ -48,9 +60,149 @@ def test_expert_loss_takes_the_batch_as_one(routing):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def frequency(chosen_tk, expert):
+    """f_i of the tokens given: E / (k T) times how many of them chose the expert."""
+    count = sum(expert in choices for choices in chosen_tk)
+    return E / (K * len(chosen_tk)) * count
+
+
+def probability_of(scores_tE, expert):
+    """P_i of the tokens given."""
+    return np.mean([token[expert] / token.sum() for token in scores_tE])
+
+
+def device_by_hand(scores_tE, chosen_tk):
+    """The device-level loss as both papers write it, over the tokens given."""
+    total = 0.0
+    for device in range(D):
+        experts = range(device * E // D, (device + 1) * E // D)
+        f = np.mean([frequency(chosen_tk, expert) for expert in experts])
+        total += f * sum(probability_of(scores_tE, expert) for expert in experts)
+    return total
+
+
+def communication_by_hand(scores_tE, chosen_tk, limit):
+    """The communication loss as V2 writes it, over the tokens given."""
+    total = 0.0
+    for device in range(D):
+        experts = set(range(device * E // D, (device + 1) * E // D))
+        tokens = sum(bool(experts & set(choices.tolist())) for choices in chosen_tk)
+        f = D / (limit * len(chosen_tk)) * tokens
+        total += f * sum(probability_of(scores_tE, expert) for expert in experts)
+    return total
+
+
+@pytest.fixture
+def sequences(routing):
+    """(scores [T, E], chosen [T, k]) of every sequence, layer by layer."""
+    scores, chosen, *_ = routing
+    return [list(zip(*layer)) for layer in zip(scores, chosen)]
+
+
+@pytest.fixture
+def batches(routing):
+    """The same with each layer's sequences as one."""
+    scores, chosen, *_ = routing
+    return [
+        [(s.reshape(B * T, E), c.reshape(B * T, K))] for s, c in zip(scores, chosen)
+    ]
+
+
+def over_layers(parts, by_hand, *args):
+    """Mean over sequences, sum over layers."""
+    return sum(np.mean([by_hand(*part, *args) for part in layer]) for layer in parts)
+
+
+def test_device_loss_is_the_papers(routing, sequences, batches):
+    _, _, load, probability = map(jnp.asarray, routing)
+    loss = device_loss(load, probability, devices=D)
+    expected = over_layers(sequences, device_by_hand)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    loss = device_loss(batch_wise(load), batch_wise(probability), devices=D)
+    whole = over_layers(batches, device_by_hand)
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+    assert abs(whole - expected) > 1e-3, "the data would not show a mistake"
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_communication_loss_is_v2s(routing, sequences, batches, limit):
+    _, chosen, _, probability = map(jnp.asarray, routing)
+    there = sent(chosen, experts=E, devices=D)
+    loss = communication_loss(there, probability, limit=limit)
+    expected = over_layers(sequences, communication_by_hand, limit)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    whole = over_layers(batches, communication_by_hand, limit)
+    loss = communication_loss(batch_wise(there), batch_wise(probability), limit=limit)
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+    assert abs(whole - expected) > 1e-3, "the data would not show a mistake"
+
+
 def test_even_load_costs_one_a_layer():
     load, probability = np.full((L, B, E), T * K / E), np.full((L, B, E), 1 / E)
     np.testing.assert_allclose(sequence_loss(load, probability), L, rtol=1e-6)
+    loss = device_loss(load, probability, devices=D)
+    np.testing.assert_allclose(loss, L, rtol=1e-6)
+    everywhere = np.full((L, B, D), 3 / D)  # each token on three of four devices
+    loss = communication_loss(everywhere, probability, limit=3)
+    np.testing.assert_allclose(loss, L, rtol=1e-6)
+
+
+def losses_of(scores_LBTE, config):
+    """The four losses, through the router itself."""
+    routed = jax.vmap(lambda scores: route(scores, None, config))(scores_LBTE)
+    load, probability = routed.load_BE, routed.probability_BE
+    there = sent(routed.indices_BTk, experts=E, devices=D)
+    return {
+        "sequence": sequence_loss(load, probability),
+        "expert": expert_loss(load, probability),
+        "device": device_loss(load, probability, devices=D),
+        "communication": communication_loss(there, probability, limit=2),
+    }
+
+
+@pytest.mark.parametrize("kind", ["sequence", "expert", "device", "communication"])
+def test_gradients_are_those_with_f_held_fixed(routing, sequences, batches, kind):
+    """Written out: d loss / d s_j = (f_j - sum_i f_i s_i / S) / (S T B), f of an expert
+    being that of its device where the loss counts devices; against what JAX finds
+    through the router.
+    """
+    scores, chosen, *_ = routing
+    config = Moe(num_experts=E, num_shared=0, top_k=K, width=1, score=Score.SIGMOID)
+    given = jnp.asarray(scores, jnp.float32)
+    found = jax.grad(lambda scores: losses_of(scores, config)[kind])(given)
+    expected = np.zeros((L, B, T, E))
+    for layer, b in np.ndindex(L, B):
+        tokens = batches[layer][0][1] if kind == "expert" else chosen[layer, b]
+        f = np.array([frequency(tokens, expert) for expert in range(E)])
+        if kind == "device":
+            f = f.reshape(D, -1).mean(axis=1).repeat(E // D)
+        if kind == "communication":
+            there = [
+                (tokens // (E // D) == device).any(1).mean() for device in range(D)
+            ]
+            f = D / 2 * np.array(there).repeat(E // D)
+        for t, token in enumerate(scores[layer, b]):
+            share = token / token.sum()
+            expected[layer, b, t] = (f - f @ share) / token.sum() / (T * B)
+    assert np.abs(expected).max() > 1e-4
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_unequal_groups_of_experts_are_refused(routing):
+    _, chosen, load, probability = map(jnp.asarray, routing)
+    with pytest.raises(UserError, match="devices=3 must divide num_experts=8"):
+        device_loss(load, probability, devices=3)
+    with pytest.raises(UserError, match="devices=3 must divide num_experts=8"):
+        sent(chosen, experts=E, devices=3)
+
+
+def test_device_limit_is_the_routers():
+    """V2: 3 of 8 devices; without groups like the devices, top_k bounds it."""
+    groups = Groups(count=8, kept=3, score=GroupScore.MAX)
+    moe = Moe(num_experts=160, num_shared=2, top_k=6, width=1, groups=groups)
+    assert device_limit(moe, devices=8) == 3
+    assert device_limit(moe, devices=4) == 4
+    assert device_limit(moe, devices=16) == 6
 
 
 def test_update_bias_by_hand():
