@@ -1,0 +1,1 @@
+"""Experiments: one function each, returning a frozen record."""
