@@ -199,9 +199,12 @@ def losses(
     )
 
 
-def _cross_entropy(
+def head_loss(
     model: Transformer, normed_BTD: Array, targets_BT: Array, weights_BT: Array
 ) -> Float[Array, ""]:
+    """The sum of all positions' cross-entropies, each times its weight, of a state that
+    has its norm behind it.
+    """
     if model.config.tied_embeddings:
         head_VD = reshard(model.embedding_VD[...], P("tensor", None))
     else:
