@@ -7,9 +7,14 @@ section 4.5.2; 2408.15664).
     python -m experiments.balancing --corpus DIR --out DIR
 """
 
+from pathlib import Path
+
+import numpy as np
+
 from dsjax.config import Moe, Score
 from dsjax.train.experiment import Experiment
 from dsjax.train.objective import Objective
+from experiments import miniature
 from experiments.granularity import WIDTH, small_model, small_run
 
 
@@ -51,3 +56,46 @@ def _arm(name: str, objective: Objective) -> Experiment:
         selection_bias=objective.bias_speed != 0.0,
     )
     return small_run(name, small_model(name, moe), objective)
+
+
+ARMS = (bias, sequence_loss, none)
+
+
+def report(out: Path) -> str:
+    """A table of the arms; writes it and the figure beside the runs."""
+    arms = miniature.results(out)
+    rows = [_row(arm.__name__, arms[arm.__name__], out) for arm in ARMS]
+    head = "| arm | held-out loss | by seed | MaxVio of a batch, last tenth | spread |"
+    text = "\n".join([head, "|---|---|---|---|---|", *rows]) + "\n"
+    (out / "table.md").write_text(text)
+    _figure(arms, out)
+    return text
+
+
+def _row(name: str, runs: list[dict], out: Path) -> str:
+    losses = [run["masked"]["0"] for run in runs]
+    folders = [out / f"{name}-{run['seed']}" for run in runs]
+    series = [miniature.history(folder, "max_violation")[1] for folder in folders]
+    late = [values[-len(values) // 10 :].mean() for values in series]
+    return (
+        f"| {name} | {np.mean(losses):.4f} "
+        f"| {', '.join(f'{loss:.4f}' for loss in losses)} "
+        f"| {np.mean(late):.3f} | {np.ptp(late):.3f} |"
+    )
+
+
+def _figure(arms: dict[str, list[dict]], out: Path) -> None:
+    figure, (left, right) = miniature.canvas(2)
+    for name, runs in arms.items():
+        folders = [out / f"{name}-{run['seed']}" for run in runs]
+        miniature.plot(left, folders, "held_out_loss", name)
+        miniature.plot(right, folders, "max_violation", name)
+    left.set(xlabel="step", ylabel="held-out loss (nats a token)")
+    right.set(xlabel="step", ylabel="MaxVio of the batch, mean of layers", yscale="log")
+    left.legend()
+    right.legend()
+    figure.savefig(out / "figure.png", dpi=120)
+
+
+if __name__ == "__main__":
+    miniature.main(__doc__, ARMS, report)

@@ -9,15 +9,23 @@ sections 4.2 and 4.5; there 1.808, 1.867 and, with half the operations, 2.060).
     python -m experiments.granularity --corpus DIR --out DIR
 """
 
+from pathlib import Path
+
+import numpy as np
+
+from dsjax import count
 from dsjax.config import Dense, Gqa, ModelConfig, Moe, Segment
 from dsjax.data.mixture import Data, Source
 from dsjax.models import small_init_std
 from dsjax.train.experiment import Checkpoints, Evaluation, Experiment
 from dsjax.train.objective import Objective
 from dsjax.train.schedule import BatchSize, MultiStep
+from experiments import miniature
 
 D_MODEL, LAYERS, VOCABULARY, LENGTH = 512, 8, 8192, 1024
-WIDTH = 1408  # of a standard feed-forward: 8/3 of d_model, divisible by 4
+WIDTH = (
+    1536  # of a standard feed-forward: about 8/3 of d_model, a quarter in tiles of 64
+)
 SEQUENCES, STEPS = 32, 1500
 CORPUS = Data(
     sources=(Source(path="corpus/train"),),
@@ -88,3 +96,60 @@ def _arm(name: str, feed_forward: Dense | Moe) -> Experiment:
     routed = isinstance(feed_forward, Moe)
     objective = Objective(expert_balance=0.01 if routed else 0.0)
     return small_run(name, small_model(name, feed_forward), objective)
+
+
+ARMS = (deepseek_moe, gshard, dense)
+
+
+def report(out: Path) -> str:
+    """A table of the arms; writes it and the figure beside the runs."""
+    arms = miniature.results(out)
+    rows = [_row(arm, arms[arm.__name__]) for arm in ARMS if arm.__name__ in arms]
+    head = "| arm | parameters | in use | held-out loss | by seed | with 4/16 masked |"
+    text = "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"
+    (out / "table.md").write_text(text)
+    _figure(arms, out)
+    return text
+
+
+def _row(arm: miniature.Arm, runs: list[dict]) -> str:
+    counted = count.count(arm().model)
+    losses = [run["masked"]["0"] for run in runs]
+    rises = [
+        run["masked"]["4"] - run["masked"]["0"] for run in runs if "4" in run["masked"]
+    ]
+    masked = f"+{np.mean(rises):.3f} (spread {np.ptp(rises):.3f})" if rises else "-"
+    return (
+        f"| {arm.__name__} | {counted.parameters / 1e6:.1f} M "
+        f"| {counted.active / 1e6:.1f} M | {np.mean(losses):.4f} "
+        f"| {', '.join(f'{loss:.4f}' for loss in losses)} | {masked} |"
+    )
+
+
+def _figure(arms: dict[str, list[dict]], out: Path) -> None:
+    figure, (left, right) = miniature.canvas(2)
+    for name, runs in arms.items():
+        folders = [out / f"{name}-{run['seed']}" for run in runs]
+        miniature.plot(left, folders, "held_out_loss", name)
+        if "4" in runs[0]["masked"]:
+            rises = np.array(
+                [
+                    [
+                        run["masked"][str(n)] - run["masked"]["0"]
+                        for n in miniature.MASKED
+                    ]
+                    for run in runs
+                ]
+            )
+            x = np.array(miniature.MASKED) / 16
+            right.plot(x, rises.mean(axis=0), marker="o", label=name)
+            right.fill_between(x, rises.min(axis=0), rises.max(axis=0), alpha=0.2)
+    left.set(xlabel="step", ylabel="held-out loss (nats a token)")
+    right.set(xlabel="share of routed experts masked", ylabel="rise of held-out loss")
+    left.legend()
+    right.legend()
+    figure.savefig(out / "figure.png", dpi=120)
+
+
+if __name__ == "__main__":
+    miniature.main(__doc__, ARMS, report)

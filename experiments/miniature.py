@@ -132,5 +132,24 @@ def history(run: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["step"] for row in rows]), np.array(values)
 
 
+def canvas(panels: int):
+    """(figure, its axes side by side)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels)
+
+
+def plot(axes, runs: Sequence[Path], key: str, label: str) -> None:
+    """One metric over the steps: the mean over seeds, and their range as a band."""
+    steps = history(runs[0], key)[0]
+    values = np.stack([history(run, key)[1] for run in runs])
+    (line,) = axes.plot(steps, values.mean(axis=0), label=label)
+    low, high = values.min(axis=0), values.max(axis=0)
+    axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+
+
 if __name__ == "__main__":
     run_job(**json.loads(sys.argv[1]))

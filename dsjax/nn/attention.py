@@ -6,7 +6,7 @@ key size, U value size.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.nn.options import keep
+from pallas_kernels.flash_attention.api import flash_attention, supported
 
 QUERY_BLOCK = 512  # longer sequences attend in blocks of this many queries
 
@@ -26,11 +27,13 @@ class Sight:
     """Who sees whom: a query sees the keys up to index `last` of its own segment.
 
     A record instead of a mask: nothing of size T x S exists before a block needs it.
+    `causal` says that nothing else is in it than every token's past and itself.
     """
 
     last_BT: Int[Array, "#B T"]
     segments_BT: Int[Array, "B T"] | None = None  # None: all one
     segments_BS: Int[Array, "B S"] | None = None
+    causal: bool = field(metadata={"static": True}, default=False)
 
     def mask(self, keys: int) -> Bool[Array, "#B T S"]:
         """True where a query sees a key."""
@@ -52,8 +55,10 @@ def attend(
 
     Scores of at most QUERY_BLOCK queries exist at a time. For the gradient only the
     operands, the result and a log-sum-exp for each query and head are kept; the
-    softmax is computed again from them.
+    softmax is computed again from them. A fused kernel takes over what it can.
     """
+    if sight.causal and dtype == jnp.float32 and supported(q_BTKGH, k_BSKH, v_BSKU):
+        return flash_attention(q_BTKGH, k_BSKH, v_BSKU, scale=scale)
     queries = (sight.last_BT, sight.segments_BT)
     options = _Options(scale, jnp.dtype(dtype))
     return _attend(options, q_BTKGH, k_BSKH, v_BSKU, queries, sight.segments_BS)

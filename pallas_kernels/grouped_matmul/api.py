@@ -1,14 +1,17 @@
 """The face of the grouped matmul: what it computes, and who computes it where."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import note_reference
 from pallas_kernels.grouped_matmul.padded import fits, padded
+from pallas_kernels.grouped_matmul.pallas_gpu import hopper, supports
 from pallas_kernels.grouped_matmul.reference import blocked
 
-IMPLEMENTATIONS = ("blocked", "padded", "ragged_dot")
+IMPLEMENTATIONS = ("blocked", "hopper", "padded", "ragged_dot")
 
 
 def grouped_matmul(
@@ -24,11 +27,12 @@ def grouped_matmul(
     be empty or uneven; nothing is padded in memory. Rows past sum(sizes) give zeros and
     cost nothing. Differentiable in `x` and `w`. The result has the dtype of `x`.
 
-    `implementation`: "blocked" is portable and does the work of the rows there are;
+    `implementation`: "hopper" is a kernel for NVIDIA's H100 and H200, bfloat16, sizes
+    that 64 divides; "blocked" is portable and does the work of the rows there are;
     "padded" copies rows and matrices into one batched product, quicker than "blocked"
     on a GPU where the copies fit; "ragged_dot" is XLA's, native on TPU but dense (all
-    groups times all rows) elsewhere. None chooses by the platform that is compiled for, and says in one line
-    when that leaves a GPU to plain JAX.
+    groups times all rows) elsewhere. None chooses by the platform that is compiled for,
+    and says in one line when that leaves a GPU to plain JAX.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
@@ -36,19 +40,28 @@ def grouped_matmul(
     _check(x_MK, w_GNK, sizes_G)
     match implementation:
         case None:
-            note_reference("grouped_matmul")
-            on_gpu = padded if fits(x_MK.shape[0], w_GNK) else blocked
+            on_gpu = _on_gpu(x_MK, w_GNK)
             return jax.lax.platform_dependent(
                 x_MK, w_GNK, sizes_G, tpu=ragged_dot, cuda=on_gpu, default=blocked
             )
         case "blocked":
             return blocked(x_MK, w_GNK, sizes_G)
+        case "hopper":
+            return hopper(x_MK, w_GNK, sizes_G)
         case "padded":
             return padded(x_MK, w_GNK, sizes_G)
         case "ragged_dot":
             return ragged_dot(x_MK, w_GNK, sizes_G)
         case _:
             raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")
+
+
+def _on_gpu(x: Array, w: Array) -> Callable:
+    """The quickest that takes these operands."""
+    if supports(x, w):
+        return hopper
+    note_reference("grouped_matmul")
+    return padded if fits(x.shape[0], w) else blocked
 
 
 def ragged_dot(
