@@ -55,7 +55,6 @@ def build(experiment: Experiment, *, workdir: Path) -> Parts:
         model,
         optimizer=experiment.optimizer,
         objective=experiment.objective,
-        precision=experiment.precision,
         ema=experiment.ema,
     )
     prepared = prepare(experiment.data, workdir)

@@ -173,7 +173,7 @@ def losses(
     }
     output = model.forward(inputs_BT, **options)
     routings = [routing for routing in output.routing if routing is not None]
-    entropy = partial(_cross_entropy, model)
+    entropy = partial(head_loss, model)
     mtp = jnp.zeros(())
     if objective.predicts_further(model.config):
         state_BTD, routing = model.predict_further(
