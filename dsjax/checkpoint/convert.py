@@ -252,10 +252,12 @@ def _pieces(
 def _orbax_digest(
     source: epath.Path, dtypes: dict[str, np.dtype], shards: dict[str, list[Planned]]
 ) -> str:
-    texts = [
-        (source / "config.json").read_text(),
-        (source / orbax.PARAMS / "_CHECKPOINT_METADATA").read_text(),
-    ]
+    """Of the checkpoint and its time of writing, which Orbax notes with the arrays, or
+    beside them where a run saved them with the rest of its state.
+    """
+    when = "_CHECKPOINT_METADATA"
+    files = [source / "config.json", source / orbax.PARAMS / when, source / when]
+    texts = [file.read_text() for file in files if file.exists()]
     names = {path: dtype.name for path, dtype in dtypes.items()}
     return fingerprint("export", texts, names, sorted(shards))
 

@@ -55,7 +55,6 @@ def build(experiment: Experiment, *, workdir: Path) -> Parts:
         model,
         optimizer=experiment.optimizer,
         objective=experiment.objective,
-        precision=experiment.precision,
         ema=experiment.ema,
     )
     prepared = prepare(experiment.data, workdir)
@@ -117,15 +116,21 @@ def _options(experiment: Experiment, mesh: Mesh) -> dict:
 
 
 def first_state(experiment: Experiment, parts: Parts) -> TrainState:
-    """The state at step 0: random weights, or those of `experiment.initial`."""
+    """The state at step 0: random weights, or those of `experiment.initial`.
+
+    Placed like a restored one to the letter (P() and P(None) are the same place and yet
+    another compilation), so that all steps of a run are one program.
+    """
     if experiment.initial is None:
         options = _options(experiment, parts.mesh)
         model = Transformer.create(experiment.model, seed=experiment.seed, **options)
     else:
         model = load_initial(experiment, parts)
-    return init_state(
+    state = init_state(
         model, experiment.optimizer, ema=experiment.ema, seed=experiment.seed
     )
+    like = parts.abstract_state(experiment)
+    return jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), state, like)
 
 
 def load_initial(experiment: Experiment, parts: Parts) -> Transformer:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from dsjax import hosts
 from dsjax.data.held_out import HeldOut
 from dsjax.nn.transformer import Transformer
-from dsjax.train import loss
+from dsjax.train.objective import head_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +48,6 @@ def _nats(
     tokens_BS = model.place(batch["tokens"])
     segments_BT = batch["segments"][:, :-1] if "segments" in batch else None
     output = model.forward(tokens_BS[:, :-1], segments_BT=segments_BT)
-    mask_BT = model.place(batch["mask"]).astype("float32")
-    return loss.weighted(model.logits(output.hidden_BTD), tokens_BS[:, 1:], mask_BT)
+    mask_BT = model.place(batch["mask"].astype("int32")).astype("float32")
+    normed_BTD = model.final_norm(output.hidden_BTD)
+    return head_loss(model, normed_BTD, tokens_BS[:, 1:], mask_BT)

@@ -1,62 +1,52 @@
-"""Next-token cross-entropy and V3's multi-token prediction loss, in float32.
+"""Cross-entropy straight from hidden states, in chunks of tokens.
 
-Letters: B batch, S window (T inputs + 1), T length, V vocabulary. Losses are in nats.
+Logits of a whole batch never exist: with V3's vocabulary of 129,280 those of one
+sequence of 4,096 tokens are 2 GB in float32, and so is their gradient. One chunk's
+logits are made, turned into its losses and its gradients, and dropped. Gradients are
+taken in the forward pass, as fused cross-entropies do (the LLM paper's too, section
+2.4): recomputing the logits in the backward pass would be a fourth product by the head,
+and nothing would be saved, since the backward pass starts here. What waits is the
+gradient of the hidden states, no larger than they are, and that of the head, float32,
+already where the head rests.
+
+Letters: B batch, S window (T inputs + 1), T length, C chunk of it, D model, V vocabulary.
+Losses are in nats.
 """
+
+import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-
-@jax.custom_vjp
-def token_losses(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """-log p(target) of every position, float32 whatever the logits are.
-
-    The gradient, softmax minus one-hot, is written out: nothing of size [B, T, V] but
-    the logits is kept for it, and the pick by index needs no scatter.
-    """
-    return _forward(logits_BTV, targets_BT)[0]
+# Tokens of a device whose logits exist at once. Each chunk reads and writes the head's
+# gradient, [V, D] in float32: fewer tokens would make that the cost.
+CHUNK = 1024
 
 
-def _forward(logits_BTV: Array, targets_BT: Array) -> tuple[Array, tuple]:
-    logits32_BTV = logits_BTV.astype(jnp.float32)
-    lse_BT = jax.nn.logsumexp(logits32_BTV, axis=-1)
-    target_BT = _pick(logits32_BTV, targets_BT)
-    return lse_BT - target_BT, (logits_BTV, lse_BT, targets_BT)
-
-
-def _backward(saved: tuple, gradient_BT: Array) -> tuple[Array, None]:
-    logits_BTV, lse_BT, targets_BT = saved
-    softmax_BTV = jnp.exp(logits_BTV.astype(jnp.float32) - lse_BT[..., None])
-    softmax_BTV -= _one_hot(targets_BT, softmax_BTV)
-    return (softmax_BTV * gradient_BT[..., None]).astype(logits_BTV.dtype), None
-
-
-token_losses.defvjp(_forward, _backward)
-
-
-def _pick(logits_BTV: Array, targets_BT: Array) -> Array:
-    """Each position's target logit; by comparison where devices share the vocabulary."""
-    if jax.typeof(logits_BTV).sharding.spec[-1] is None:
-        return jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    one_hot_BTV = _one_hot(targets_BT, logits_BTV)
-    return jnp.sum(jnp.where(one_hot_BTV, logits_BTV, 0.0), axis=-1)
-
-
-def _one_hot(targets_BT: Array, like_BTV: Array) -> Array:
-    return targets_BT[..., None] == jnp.arange(like_BTV.shape[-1])
-
-
-def weighted(
-    logits_BTV: Float[Array, "B T V"],
+def cross_entropy(
+    hidden_BTD: Float[Array, "B T D"],
+    head_VD: Float[Array, "V D"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
+    *,
+    chunk: int = CHUNK,
+    statistics: DTypeLike = jnp.float32,
 ) -> Float[Array, ""]:
-    """The sum of all positions' cross-entropies, each times its weight."""
-    return jnp.sum(token_losses(logits_BTV, targets_BT) * weights_BT)
+    """The sum over all positions of -log p(target), each times its weight.
+
+    `hidden` has its norm behind it; products are in its dtype. `head` is the weight as
+    it rests on the mesh, in any dtype and layout; its vocabulary may be cut. Logits and
+    what is made of them are `statistics`. `chunk` bounds the tokens of a device whose
+    logits exist at once. Targets and weights have no gradient.
+    """
+    return _cross_entropy(
+        hidden_BTD, head_VD, targets_BT, weights_BT, chunk, jnp.dtype(statistics)
+    )
 
 
 def mtp_targets(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B T"]:
@@ -67,3 +57,168 @@ def mtp_targets(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B T"]:
     to be.
     """
     return jnp.pad(tokens_BS[:, 2:], ((0, 0), (0, 1)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtype):
+    cut = _Cut.of(hidden_BTD, head_VD)
+    local = functools.partial(_chunks, cut=cut, chunk=chunk, dtype=dtype)
+    return jax.shard_map(
+        lambda *arrays: local(*arrays, gradients=False)[0],
+        in_specs=(cut.hidden, cut.head, cut.rows, cut.rows),
+        out_specs=P(),
+        check_vma=False,
+    )(hidden_BTD, head_VD, targets_BT, weights_BT)
+
+
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtype):
+    cut = _Cut.of(hidden_BTD, head_VD)
+    local = functools.partial(_chunks, cut=cut, chunk=chunk, dtype=dtype)
+    loss, of_hidden_BTD, of_head_VD = jax.shard_map(
+        lambda *arrays: local(*arrays, gradients=True),
+        in_specs=(cut.hidden, cut.head, cut.rows, cut.rows),
+        out_specs=(P(), cut.hidden, cut.head),
+        check_vma=False,
+    )(hidden_BTD, head_VD, targets_BT, weights_BT)
+    return loss, (of_hidden_BTD, of_head_VD.astype(head_VD.dtype))
+
+
+def _backward(chunk, dtype, saved, gradient):
+    scaled = [(gradient * array).astype(array.dtype) for array in saved]
+    return *scaled, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the mesh cuts the arrays; the axes of an entry, major ones first."""
+
+    hidden: P
+    head: P
+
+    @classmethod
+    def of(cls, hidden_BTD: Array, head_VD: Array) -> "_Cut":
+        specs = (jax.typeof(x).sharding.spec for x in (hidden_BTD, head_VD))
+        return cls(*specs)
+
+    @property
+    def rows(self) -> P:
+        """Of targets and weights."""
+        return P(self.hidden[0], None)
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        return _axes(self.hidden[0])
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        return _axes(self.head[0])
+
+    def gather(self, head_VD: Array) -> Array:
+        """The head whole along D; one axis at a time: two compile to an all-reduce."""
+        for axis in reversed(_axes(self.head[1])):
+            head_VD = jax.lax.all_gather(head_VD, axis, axis=1, tiled=True)
+        return head_VD
+
+    def scatter(self, gradient_VD: Array) -> Array:
+        """The head's gradient, summed over the batch and cut as the head is."""
+        stored = _axes(self.head[1])
+        for axis in stored:
+            if axis in self.batch:
+                gradient_VD = jax.lax.psum_scatter(
+                    gradient_VD, axis, scatter_dimension=1, tiled=True
+                )
+            else:  # the same on all devices of the axis: each keeps its part
+                size = gradient_VD.shape[1] // jax.lax.axis_size(axis)
+                start = jax.lax.axis_index(axis) * size
+                gradient_VD = jax.lax.dynamic_slice_in_dim(gradient_VD, start, size, 1)
+        return jax.lax.psum(
+            gradient_VD, tuple(axis for axis in self.batch if axis not in stored)
+        )
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def _chunks(
+    hidden_BTD: Array,
+    head_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    cut: _Cut,
+    chunk: int,
+    dtype: DTypeLike,
+    gradients: bool,
+) -> tuple[Array, Array | None, Array | None]:
+    """On one device: the loss of the whole batch and, if asked, its gradients with
+    respect to this device's part of hidden states and head.
+    """
+    rows, length, _ = hidden_BTD.shape
+    head_VD = cut.gather(head_VD.astype(hidden_BTD.dtype))
+    count = min(-(-rows * length // chunk), length)
+
+    def body(sums, part):
+        loss, of_head_VD = sums
+        hidden_BCD, targets_BC, weights_BC = part
+        losses_BC, of_logits_BCV = _chunk(hidden_BCD, head_VD, targets_BC, cut, dtype)
+        loss += jnp.sum(losses_BC * weights_BC)
+        if not gradients:
+            return (loss, None), None
+        of_logits_BCV *= weights_BC[..., None]
+        of_logits_BCV = of_logits_BCV.astype(hidden_BTD.dtype)
+        of_hidden_BCD = jnp.einsum(
+            "BCV,VD->BCD", of_logits_BCV, head_VD, preferred_element_type=jnp.float32
+        )
+        of_head_VD += jnp.einsum(
+            "BCV,BCD->VD", of_logits_BCV, hidden_BCD, preferred_element_type=jnp.float32
+        )
+        of_hidden_BCD = jax.lax.psum(of_hidden_BCD, cut.vocabulary)
+        return (loss, of_head_VD), of_hidden_BCD.astype(hidden_BTD.dtype)
+
+    zeros = jnp.zeros(head_VD.shape, jnp.float32) if gradients else None
+    parts = (_split(x, count) for x in (hidden_BTD, targets_BT, weights_BT))
+    (loss, of_head_VD), of_hidden = jax.lax.scan(
+        body, (jnp.zeros((), jnp.float32), zeros), tuple(parts)
+    )
+    loss = jax.lax.psum(loss, cut.batch)
+    if not gradients:
+        return loss, None, None
+    return loss, _join(of_hidden, length), cut.scatter(of_head_VD)
+
+
+def _chunk(
+    hidden_BCD: Array, head_VD: Array, targets_BC: Array, cut: _Cut, dtype: DTypeLike
+) -> tuple[Float[Array, "B C"], Float[Array, "B C V"]]:
+    """The losses of a chunk, and their gradient: softmax minus one-hot. V is this
+    device's part of the vocabulary; sums and the largest logit are over all of it.
+    """
+    logits_BCV = jnp.einsum(
+        "BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype
+    )
+    size = head_VD.shape[0]
+    first = jax.lax.axis_index(cut.vocabulary) * size if cut.vocabulary else 0
+    is_target_BCV = targets_BC[..., None] == first + jnp.arange(size)
+    largest_BC = jax.lax.pmax(logits_BCV.max(axis=-1), cut.vocabulary)
+    shifted_BCV = logits_BCV - largest_BC[..., None]
+    target_BC = jnp.sum(jnp.where(is_target_BCV, shifted_BCV, 0), axis=-1)
+    total_BC = jnp.sum(jnp.exp(shifted_BCV), axis=-1)
+    target_BC, total_BC = jax.lax.psum((target_BC, total_BC), cut.vocabulary)
+    softmax_BCV = jnp.exp(shifted_BCV) / total_BC[..., None]
+    return jnp.log(total_BC) - target_BC, softmax_BCV - is_target_BCV
+
+
+def _split(x: Array, count: int) -> Array:
+    """[B, T, ...] -> [count, B, C, ...]; what is missing at the end is zeros."""
+    missing = -x.shape[1] % count
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array, length: int) -> Array:
+    """[count, B, C, D] -> [B, T, D], the reverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, x.shape[-1])[:, :length]

@@ -6,11 +6,14 @@ L MoE layers, E experts.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 from jaxtyping import Float, PRNGKeyArray
 
 from dsjax.config import ModelConfig, Moe
@@ -50,11 +53,7 @@ class Objective:
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError for a term that the model has nothing for."""
-        moe = [
-            segment.feed_forward
-            for segment in config.segments
-            if isinstance(segment.feed_forward, Moe)
-        ]
+        moe = _mixtures(config)
         for name, possible, missing in (
             ("mtp", config.mtp, "multi-token prediction module"),
             ("bias_speed", any(m.selection_bias for m in moe), "selection bias"),
@@ -62,18 +61,21 @@ class Objective:
             ("expert_balance", moe, "routed experts"),
             ("device_balance", moe, "routed experts"),
             ("communication_balance", moe, "routed experts"),
+            ("dropping", moe, "routed experts"),
         ):
-            if not possible and not is_zero(getattr(self, name)):
+            if not possible and getattr(self, name):
                 raise UserError(
                     f"objective.{name}={getattr(self, name)}: "
                     f"{config.name} has no {missing}"
                 )
+        dropping = self.devices if self.dropping is None else self.dropping.devices
         for part in moe:
-            if part.num_experts % self.devices:
-                raise UserError(
-                    f"objective.devices={self.devices} must divide "
-                    f"num_experts={part.num_experts}"
-                )
+            for name, count in (("devices", self.devices), ("dropping", dropping)):
+                if part.num_experts % count:
+                    raise UserError(
+                        f"objective.{name}: {count} devices must divide "
+                        f"num_experts={part.num_experts}"
+                    )
 
     def predicts_further(self, config: ModelConfig) -> bool:
         """Whether the MTP module runs."""
@@ -124,6 +126,12 @@ def shares(batch: Mapping[str, Any]) -> Shares:
     )
 
 
+def _mixtures(config: ModelConfig) -> list[Moe]:
+    """The segments' mixtures of experts, in layer order."""
+    parts = (segment.feed_forward for segment in config.segments)
+    return [part for part in parts if isinstance(part, Moe)]
+
+
 def expert_parts(config: ModelConfig, objective: Objective) -> list[str]:
     """The parts of a model that route to experts in training, in layer order, as their
     paths start.
@@ -158,21 +166,32 @@ def losses(
         segments_BT = segments_BS[:, :-1]
         next_weights_BT *= segments_BT == segments_BS[:, 1:]
         further_weights_BT *= segments_BT == loss.mtp_targets(segments_BS)
-    output = model.forward(inputs_BT, segments_BT=segments_BT)
+    options = {
+        "segments_BT": segments_BT,
+        "dropping": objective.dropping,
+        "rng": None if objective.dropping is None else key,
+    }
+    output = model.forward(inputs_BT, **options)
     routings = [routing for routing in output.routing if routing is not None]
+    entropy = partial(head_loss, model)
     mtp = jnp.zeros(())
     if objective.predicts_further(model.config):
         state_BTD, routing = model.predict_further(
-            output.hidden_BTD, next_BT, segments_BT=segments_BT
+            output.hidden_BTD, next_BT, **options
         )
         if routing is not None:  # one layer: give it the stacked ones' leading axis
             routings.append(jax.tree.map(lambda leaf: leaf[None], routing))
-        mtp = loss.weighted(model.head(state_BTD), further_BT, further_weights_BT)
+        mtp = entropy(state_BTD, further_BT, further_weights_BT)
+    mixtures = _mixtures(model.config)
+    mixtures += mixtures[-1:]  # MTP's is like the last one
     return Terms(
-        loss=loss.weighted(model.logits(output.hidden_BTD), next_BT, next_weights_BT),
+        loss=entropy(model.final_norm(output.hidden_BTD), next_BT, next_weights_BT),
         mtp_loss=mtp,
         balance_loss=shares.microbatch
-        * sum((_balance(objective, routing) for routing in routings), jnp.zeros(())),
+        * sum(
+            (_balance(objective, *pair) for pair in zip(mixtures, routings)),
+            jnp.zeros(()),
+        ),
         loads=tuple(routing.load_BE.sum(axis=1) for routing in routings),
         entropies=tuple(
             shares.microbatch * routing.entropy_B.mean(axis=1) for routing in routings
@@ -180,14 +199,45 @@ def losses(
     )
 
 
-def _balance(objective: Objective, routing: Routing) -> Float[Array, ""]:
+def head_loss(
+    model: Transformer, normed_BTD: Array, targets_BT: Array, weights_BT: Array
+) -> Float[Array, ""]:
+    """The sum of all positions' cross-entropies, each times its weight, of a state that
+    has its norm behind it.
+    """
+    if model.config.tied_embeddings:
+        head_VD = reshard(model.embedding_VD[...], P("tensor", None))
+    else:
+        head_VD = model.head_VD[...]
+    statistics = model.precision.statistics
+    return loss.cross_entropy(
+        normed_BTD, head_VD, targets_BT, weights_BT, statistics=statistics
+    )
+
+
+def _balance(objective: Objective, moe: Moe, routing: Routing) -> Float[Array, ""]:
     """The weighted balance losses of one part's layers, of those that have a weight."""
     load_LBE, probability_LBE = routing.load_BE, routing.probability_BE
-    total = jnp.zeros(())
+    devices, total = objective.devices, jnp.zeros(())
     if objective.sequence_balance:
         term = balance.sequence_loss(load_LBE, probability_LBE)
         total += objective.sequence_balance * term
     if objective.expert_balance:
         term = balance.expert_loss(load_LBE, probability_LBE)
         total += objective.expert_balance * term
+    wise = (lambda x: x) if objective.sequence_balance else balance.batch_wise
+    if objective.device_balance:
+        term = balance.device_loss(
+            wise(load_LBE), wise(probability_LBE), devices=devices
+        )
+        total += objective.device_balance * term
+    if objective.communication_balance:
+        sent_LBD = balance.sent(
+            routing.indices_BTk, experts=moe.num_experts, devices=devices
+        )
+        limit = balance.device_limit(moe, devices=devices)
+        term = balance.communication_loss(
+            wise(sent_LBD), wise(probability_LBE), limit=limit
+        )
+        total += objective.communication_balance * term
     return total

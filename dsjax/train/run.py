@@ -271,10 +271,13 @@ class Run:
         )
         self.meter.pause()
 
-    def _save(self) -> None:
-        """A checkpoint of the state, unless there is one already."""
+    def _save(self, *, at_end: bool = False) -> None:
+        """A checkpoint of the state, unless there is one already; after a step that was
+        not finite only `at_end`, so that the newest one is a good one.
+        """
         self._settle()
-        if self.saved == self.counters.step:
+        bad = self.counters.skipped_in_a_row and not at_end
+        if bad or self.saved == self.counters.step:
             return
         with self.stop.saving():
             record = {
@@ -291,7 +294,7 @@ class Run:
         complete = self.counters.step >= self.total
         if complete and self.log.evaluated != self.counters.step:
             self._evaluate()
-        self._save()
+        self._save(at_end=True)
         with self.stop.saving():
             self.manager.wait()
             if complete:

@@ -20,7 +20,6 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
-from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
 from dsjax.train import balance
 from dsjax.train.objective import Objective, Terms, expert_parts, losses, shares
@@ -116,20 +115,19 @@ def make_step(
     *,
     optimizer: AdamW,
     objective: Objective,
-    precision: Precision | None = None,
     ema: float = 0.0,
 ) -> Step:
     """The step for models like `model`.
 
     A batch holds "tokens" int32 [A, B, S] and, if documents shall not see each other,
     "segments" int32 [A, B, S]; the gradients of A microbatches are added up before the
-    one update. `precision` is the model's own by default; `ema` is the decay of the
-    average that the state keeps (0: none). Raises UserError when the objective has a
-    term that the model has nothing for.
+    one update, in the dtype that the model's precision has for them. `ema` is the decay
+    of the average that the state keeps (0: none). Raises UserError when the objective
+    has a term that the model has nothing for.
     """
     objective.check(model.config)
-    precision = model.precision if precision is None else precision
     build, transform = _builder(model), adamw(optimizer)
+    dtype = model.precision.gradients
     parts = expert_parts(model.config, objective)
 
     @jax.jit(donate_argnums=0)
@@ -146,7 +144,7 @@ def make_step(
 
         whole, key = shares(batch), state.key()
         gradients, terms = _add_up(
-            jax.grad(total, has_aux=True), state.params, batch, key, precision.gradients
+            jax.grad(total, has_aux=True), state.params, batch, key, dtype
         )
         norm = optax.tree.norm(gradients)
         updates, moments = transform.update(gradients, state.moments, state.params)

@@ -1,70 +1,148 @@
-"""Losses against plain NumPy written from the formulas."""
+"""The chunked cross-entropy against plain NumPy and the plain loss: value, gradients, layout, memory."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from dsjax.train.loss import mtp_loss, mtp_targets, next_token_loss, token_losses
+from dsjax.sharding import BATCH, REST, fit, make_mesh
+from dsjax.train.loss import cross_entropy, mtp_targets
 
-B, S, V = 3, 9, 17
-T = S - 1
+B, T, D, V = 8, 11, 16, 32  # T: no chunk divides it
+MESHES = {
+    "one": {},
+    "all": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "data": {"data": 2, "fsdp": 2, "tensor": 2},
+    "idle": {"fsdp": 2, "expert": 4},  # for 2 sequences: the batch is not cut by all
+}
 
 
-@pytest.fixture
-def example():
+@functools.cache
+def example(rows=B):
+    """Hidden states, head, targets, weights: logits of a standard deviation near 3, and
+    weights of which some are 0."""
     rng = np.random.default_rng(0)
-    return rng.normal(0, 3, (B, T, V)), rng.integers(0, V, (B, S))
+    hidden = rng.normal(0, 1, (rows, T, D)).astype(np.float32)
+    head = rng.normal(0, 0.75, (V, D)).astype(np.float32)
+    weights = rng.uniform(0.5, 1.5, (rows, T)) * (rng.uniform(size=(rows, T)) < 0.7)
+    targets = rng.integers(0, V, (rows, T)).astype(np.int32)
+    return hidden, head, targets, weights.astype(np.float32)
 
 
-def by_hand(logits, targets):
-    losses = np.zeros(targets.shape)
-    for b, t in np.ndindex(targets.shape):
-        probability = np.exp(logits[b, t]) / np.exp(logits[b, t]).sum()
-        losses[b, t] = -np.log(probability[targets[b, t]])
-    return losses
+def plain(hidden, head, targets, weights):
+    """The same in float64 NumPy, position by position: loss, and both gradients."""
+    hidden, head = np.float64(hidden), np.float64(head)
+    total, of_hidden, of_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
+    for at in np.ndindex(targets.shape):
+        probability = np.exp(head @ hidden[at])
+        probability /= probability.sum()
+        total -= weights[at] * np.log(probability[targets[at]])
+        probability[targets[at]] -= 1
+        of_hidden[at] = weights[at] * (probability @ head)
+        of_head += weights[at] * np.outer(probability, hidden[at])
+    return total, of_hidden, of_head
 
 
-def test_next_token_loss(example):
-    logits, tokens = example
-    expected = by_hand(logits, tokens[:, 1:])
-    loss = next_token_loss(jnp.asarray(logits), jnp.asarray(tokens[:, 1:]))
-    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-6)
-    mask = jnp.asarray(np.random.default_rng(1).integers(0, 2, (B, T)), bool)
-    masked = next_token_loss(jnp.asarray(logits), jnp.asarray(tokens[:, 1:]), mask)
-    np.testing.assert_allclose(masked, expected[np.asarray(mask)].mean(), rtol=1e-6)
+def place(mesh, arrays):
+    specs = P(BATCH, None, None), P("tensor", REST), P(BATCH, None), P(BATCH, None)
+    return [
+        jax.device_put(x, NamedSharding(mesh, fit(spec, x.shape, mesh)))
+        for x, spec in zip(arrays, specs)
+    ]
 
 
-def test_float32_whatever_the_logits_are(example):
-    logits = jnp.asarray(example[0], jnp.bfloat16)
-    losses = token_losses(logits, jnp.asarray(example[1][:, 1:]))
-    assert losses.dtype == jnp.float32
-    expected = by_hand(np.asarray(logits, np.float64), example[1][:, 1:])
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+def values(mesh, arrays, **options):
+    """Loss and gradients on a mesh; the loss enters with a factor of 3."""
+
+    def loss(hidden, head, targets, weights):
+        return 3 * cross_entropy(hidden, head, targets, weights, **options)
+
+    with jax.set_mesh(mesh):
+        compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return compute(*place(mesh, arrays))
 
 
-def test_huge_logits_stay_finite():
-    logits = jnp.asarray([[[1e4, -1e4, 0.0]]])
-    losses, gradient = jax.value_and_grad(
-        lambda x: next_token_loss(x, jnp.asarray([[1]]))
-    )(logits)
-    np.testing.assert_allclose(losses, 2e4)
-    np.testing.assert_allclose(gradient, [[[1, -1, 0]]])
+@pytest.mark.parametrize("chunk", [4, 30, 10**6])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_loss_and_gradients(mesh, chunk):
+    """One chunk and several, a last one that is not full, vocabulary and head cut or not."""
+    arrays = example(2 if mesh == "idle" else B)
+    mesh = make_mesh(**MESHES[mesh])
+    total, *expected = plain(*arrays)
+    loss, gradients = values(mesh, arrays, chunk=chunk)
+    np.testing.assert_allclose(loss, 3 * total, rtol=1e-6)
+    for gradient, wanted, given in zip(gradients, expected, place(mesh, arrays)):
+        np.testing.assert_allclose(gradient, 3 * wanted, rtol=1e-6, atol=4e-6)
+        assert gradient.sharding.is_equivalent_to(given.sharding, gradient.ndim)
 
 
-def test_mtp_loss(example):
-    """Position i predicts token i + 2; T - 1 of the T inputs have one; the sum is over T."""
-    logits, tokens = example
-    expected = by_hand(logits[:, : T - 1], tokens[:, 2:]).sum(axis=1).mean() / T
+def test_without_gradients_it_is_the_same_loss(mesh):
+    arrays = place(mesh, example())
+    loss = jax.jit(lambda *arrays: cross_entropy(*arrays, chunk=30))(*arrays)
+    np.testing.assert_allclose(loss, plain(*example())[0], rtol=1e-6)
+
+
+def test_huge_logits_stay_finite(mesh):
+    hidden, head = np.float32([[[1.0, 0.0]]]), np.float32([[1e4, 0], [-1e4, 0], [0, 1]])
+    arrays = hidden, head, np.int32([[1]]), np.float32([[1.0]])
+    loss, (of_hidden, of_head) = values(mesh, arrays)
+    np.testing.assert_allclose(loss, 3 * 2e4)
+    np.testing.assert_allclose(of_hidden, [[[6e4, 0]]])
+    np.testing.assert_allclose(of_head, [[3, 0], [-3, 0], [0, 0]])
+
+
+def test_bfloat16_products_float32_statistics(mesh):
+    """What bfloat16 hidden states and a float32 head give is the loss of the rounded
+    arrays; the head's gradient is float32, summed over chunks without rounding."""
+    hidden, head, targets, weights = example()
+    rounded = [np.asarray(jnp.bfloat16(x), np.float32) for x in (hidden, head)]
+    total, _, of_head = plain(*rounded, targets, weights)
+    arrays = jnp.bfloat16(hidden), head, targets, weights
+    loss, gradients = values(mesh, arrays, chunk=8)
+    np.testing.assert_allclose(loss, 3 * total, rtol=1e-6)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32]
+    # the logits' gradient is rounded once, by 1/256 of each of its 67 parts
+    np.testing.assert_allclose(gradients[1], 3 * of_head, atol=0.06)
+    assert np.abs(np.float32(jnp.bfloat16(gradients[1])) - gradients[1]).max() > 1e-3
+
+
+def sizes(jaxpr):
+    """The number of elements of every array in a jaxpr and all that it calls."""
+    for equation in jaxpr.eqns:
+        yield from (elements(v.aval) for v in equation.outvars)
+        for sub in jaxprs_in_params(equation.params):
+            yield from sizes(sub)
+
+
+def elements(aval):
+    return int(np.prod(getattr(aval, "shape", ())))
+
+
+def test_logits_of_the_batch_never_exist(mesh):
+    """Neither in the loss nor in its gradients: nothing as large as [B, T, V] is in the
+    program, and the compiled one needs less than that beside its arguments."""
+    length, vocabulary = 256, 4096
+    shapes = [(4, length, D), (vocabulary, D), (4, length), (4, length)]
+    dtypes = [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
+    arrays = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes)]
+    loss = jax.grad(functools.partial(cross_entropy, chunk=64), argnums=(0, 1))
+    logits = 4 * length * vocabulary
+    largest = max(sizes(jax.make_jaxpr(loss)(*arrays).jaxpr))
+    assert largest <= logits // 16
+    compiled = jax.jit(loss).lower(*arrays).compile()
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < logits
+    )  # a quarter of its bytes
+
+
+def test_mtp_targets():
+    """Position i predicts token i + 2; the last of the inputs has none."""
+    tokens = np.random.default_rng(0).integers(1, V, (3, T + 1))
     targets = mtp_targets(jnp.asarray(tokens))
-    assert targets.shape == (B, T)
-    loss = mtp_loss(jnp.asarray(logits), targets)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-
-
-def test_mtp_loss_ignores_the_last_position(example):
-    logits, tokens = example
-    targets = mtp_targets(jnp.asarray(tokens))
-    gradient = jax.grad(lambda x: mtp_loss(x, targets))(jnp.asarray(logits))
-    assert not gradient[:, -1].any()
-    assert gradient[:, :-1].any(axis=(0, 2)).all()
+    np.testing.assert_array_equal(targets[:, :-1], tokens[:, 2:])
+    np.testing.assert_array_equal(targets[:, -1], 0)

@@ -1,5 +1,7 @@
 """A tiny V3 on a small corpus: the experiment of the tests, `tests.train.tiny.run`."""
 
+from dataclasses import replace
+
 from dsjax.config import (
     Dense,
     Groups,
@@ -69,4 +71,17 @@ def run() -> Experiment:
         precision=Precision(compute="float32"),
         evaluation=Evaluation(every_steps=5, sequences=8),
         checkpoints=Checkpoints(every_minutes=0, every_steps=2, keep=2),
+    )
+
+
+def dense() -> Experiment:
+    """One dense layer: compiles in a moment."""
+    experiment = run()
+    segments = experiment.model.segments[:1]
+    return replace(
+        experiment,
+        name="dense",
+        model=replace(experiment.model, segments=segments, mtp=False),
+        objective=Objective(),
+        microbatch=8,
     )

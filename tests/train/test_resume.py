@@ -1,0 +1,260 @@
+"""Killed, stopped, moved: a run that goes on writes what it would have written."""
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import dsjax
+from dsjax import cli
+from dsjax.checkpoint import export
+from dsjax.nn.weights import flat
+from dsjax.train import build
+from tests.train import runs
+
+STEPS = 24
+TOKENS = ["--set", f"tokens={STEPS * 8 * 32}"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    stdout = runs.finish(runs.launch(out, *TOKENS, "--json", cache=cache))
+    return out, json.loads(stdout)
+
+
+def weights(directory) -> dict[str, np.ndarray]:
+    model = dsjax.load(directory)
+    return {path: np.asarray(leaf.get_value()) for path, leaf in flat(model).items()}
+
+
+def assert_same_weights(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    for path, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+
+
+def test_what_a_run_leaves(finished):
+    out, result = finished
+    rows = runs.rows(out)
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
+    assert [row["tokens"] for row in trained] == [256 * row["step"] for row in trained]
+    assert [row["step"] for row in rows if "bits_per_byte" in row] == [
+        5,
+        10,
+        15,
+        20,
+        24,
+    ]
+    last = trained[-1]
+    assert np.shape(last["load"]) == (3, 8)
+    assert np.sum(last["load"], axis=1).tolist() == [2 * 256] * 3
+    for row, worst in zip(last["load"], last["max_violation"]):
+        assert worst == pytest.approx(max(row) / np.mean(row) - 1, rel=1e-5)
+    assert all(0 < entropy <= np.log(8) for entropy in last["entropy"])
+    assert last["loss"] < trained[0]["loss"] - 1
+    assert not last["skipped"]
+    assert result["bits_per_byte"] == rows[-1]["bits_per_byte"]
+    assert (result["step"], result["stopped"]) == (STEPS, None)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["22", "24"]
+    assert len(list((out / "tensorboard").iterdir())) == 1
+
+
+def test_every_checkpoint_is_a_model(finished, tmp_path):
+    """As `dsjax.save` writes it: it loads, exports, has its tokenizer."""
+    out, _ = finished
+    assert_same_weights(out / "model", out / "checkpoints" / "24")
+    assert (weights(out / "checkpoints" / "22")["embedding_VD"] != 0).any()
+    export(out / "checkpoints" / "22", tmp_path / "hf", progress=False)
+    model = dsjax.load(tmp_path / "hf")
+    assert model.tokenizer.decode(model.tokenizer.encode("def f():")) == "def f():"
+    for name, array in weights(out / "checkpoints" / "22").items():
+        np.testing.assert_array_equal(flat(model)[name].get_value(), array)
+
+
+def test_killed_at_random_points(finished, cache, tmp_path):
+    """The same rows, bit for bit, and the same weights as without the kills."""
+    out = tmp_path / "killed"
+    chance = random.Random(time.time_ns())
+    kills = sorted(chance.sample(range(2, STEPS - 2), 2))
+    print("kills near steps", kills)
+    for number, step in enumerate(kills):
+        child = runs.launch(out, *TOKENS, *["--resume"] * (number > 0), cache=cache)
+        runs.until(lambda step=step: runs.steps(out) >= step, child)
+        time.sleep(chance.uniform(0, 0.05))
+        child.kill()
+        child.communicate()
+    runs.finish(runs.launch(out, *TOKENS, "--resume", cache=cache))
+    assert runs.rows(out) == runs.rows(finished[0])
+    assert_same_weights(out / "model", finished[0] / "model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_many_times(finished, cache, tmp_path, seed):
+    """At any moment, the start and the writing of checkpoints among them."""
+    out, chance = tmp_path / "killed", random.Random(seed)
+    for _ in range(8):
+        resume = ["--resume"] * (out / "experiment.txt").exists()
+        child = runs.launch(out, *TOKENS, *resume, cache=cache)
+        time.sleep(chance.uniform(3, 12))
+        child.kill()
+        child.communicate()
+    runs.finish(runs.launch(out, *TOKENS, "--resume", cache=cache))
+    assert runs.rows(out) == runs.rows(finished[0])
+    assert_same_weights(out / "model", finished[0] / "model")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 130)])
+def test_asked_to_stop(cache, tmp_path, name, code):
+    """The step is finished and saved; what comes after is as without the stop."""
+    out = tmp_path / "run"
+    more = ["tests.train.tiny.dense", "--set", "checkpoints.every_steps=0"]
+    more += ["--set", "tokens=1e9", "--set", "evaluation.every_steps=0"]
+    child = runs.launch(out, *more, cache=cache)
+    runs.until(lambda: runs.steps(out) >= 3, child)
+    began = time.monotonic()
+    child.send_signal(signal.Signals[name])
+    runs.finish(child, code)
+    assert time.monotonic() - began < 30
+    (saved,) = (out / "checkpoints").iterdir()
+    assert int(saved.name) == runs.steps(out) >= 3
+    assert not (out / "model").exists()
+
+
+def test_asked_to_stop_while_it_compiles(tmp_path):
+    out = tmp_path / "run"
+    child = runs.launch(out)
+    runs.until(lambda: (out / "metrics.jsonl").exists(), child)
+    time.sleep(1)
+    began = time.monotonic()
+    child.terminate()
+    runs.finish(child)
+    assert time.monotonic() - began < 5
+    assert runs.rows(out) == []
+
+
+def test_resumes_on_another_mesh(finished, tmp_path, capsys, monkeypatch):
+    """Six steps on eight devices, the rest on one: float tolerance. Each of the two
+    compiles one step.
+    """
+    made, make_step = [], build.make_step
+
+    def noted(*args, **options):
+        made.append(make_step(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(build, "make_step", noted)
+    out, name = str(tmp_path / "run"), "tests.train.tiny.run"
+    mesh = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+    many = [*mesh, "--set=microbatch=8", "--steps=6"]
+    assert cli.main(["train", name, *TOKENS, "--out", out, *many]) == 0
+    assert "saved" in capsys.readouterr().out
+    assert (
+        cli.main(["train", name, *TOKENS, "--out", out, "--resume", "--steps=12"]) == 0
+    )
+    ours = [row for row in runs.rows(tmp_path / "run") if "loss" in row]
+    theirs = [row for row in runs.rows(finished[0]) if "loss" in row]
+    assert len(ours) == 12
+    assert [step.compiled._cache_size() for step in made] == [1, 1]
+    for one, other in zip(ours, theirs):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["mtp_loss"] == pytest.approx(other["mtp_loss"], rel=1e-5)
+
+
+def copy_of(run, place):
+    return shutil.copytree(run, place / "run", dirs_exist_ok=False)
+
+
+def damage(checkpoint, item: str) -> None:
+    """Cuts the data files of one part in half."""
+    files = [path for path in (checkpoint / item).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("item", ["params", "state", "run"])
+def test_a_corrupt_checkpoint_is_named(finished, tmp_path, capsys, item):
+    out = copy_of(finished[0], tmp_path)
+    damage(out / "checkpoints" / "24", item)
+    before = (out / "metrics.jsonl").read_bytes()
+    args = ["train", "tests.train.tiny.run", *TOKENS, "--out", str(out), "--resume"]
+    assert cli.main(args) == 2
+    (line,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("dsjax")
+    ]
+    assert f"checkpoint {out}/checkpoints/24 cannot be read" in line
+    assert f"the one before it is {out}/checkpoints/22: --fallback uses it" in line
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_checkpoint_before_a_corrupt_one(finished, cache, tmp_path):
+    out = copy_of(finished[0], tmp_path)
+    damage(out / "checkpoints" / "24", "params")
+    shutil.rmtree(out / "model")
+    done = runs.launch(out, *TOKENS, "--resume", "--fallback", cache=cache)
+    assert f"using {out}/checkpoints/22" in runs.finish(done)
+    assert runs.rows(out) == runs.rows(finished[0])
+    assert_same_weights(out / "model", finished[0] / "model")
+    assert (out / "unreadable" / "24").is_dir()
+
+
+def test_no_readable_checkpoint(finished, tmp_path, capsys):
+    out = copy_of(finished[0], tmp_path)
+    for step in ("22", "24"):
+        damage(out / "checkpoints" / step, "state")
+    args = ["train", "tests.train.tiny.run", *TOKENS, "--out", str(out), "--resume"]
+    assert cli.main([*args, "--fallback"]) == 2
+    assert "checkpoints/22 cannot be read" in (err := capsys.readouterr().err)
+    assert "there is none before it" in err
+
+
+def test_resumed_when_complete(finished, tmp_path, capsys):
+    """Nothing changes; a model that was not written yet is."""
+    out = copy_of(finished[0], tmp_path)
+    shutil.rmtree(out / "model")
+    args = ["train", "tests.train.tiny.run", *TOKENS, "--out", str(out), "--resume"]
+    assert cli.main(args) == 0
+    assert runs.rows(out) == runs.rows(finished[0])
+    assert_same_weights(out / "model", finished[0] / "model")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "exists: --resume goes on with it"),
+        (
+            ["--resume", "--set", "learning_rate.peak=1"],
+            "is of another experiment: learning_rate.peak was 0.004, is 1.0",
+        ),
+    ],
+)
+def test_a_run_is_never_overwritten(finished, capsys, args, message):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    args = ["tests.train.tiny.run", *TOKENS, "--out", str(out), *args]
+    assert cli.main(["train", *args]) == 2
+    assert message in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_no_run_to_resume(tmp_path, capsys):
+    args = ["train", "tests.train.tiny.run", "--out", str(tmp_path / "no"), "--resume"]
+    assert cli.main(args) == 2
+    assert "has no run to resume" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
