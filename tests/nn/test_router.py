@@ -66,7 +66,7 @@ def test_equals_a_loop_over_tokens(mesh, rng, config, shift):
     np.testing.assert_allclose(routing.probability_BE, share, rtol=1e-5)
     share = scores / scores.sum(-1, keepdims=True)
     entropy = -(share * np.log(share)).sum(-1).mean(1)
-    assert (entropy < 0.95 * np.log(16)).any()
+    assert (entropy < 0.99 * np.log(16)).any()
     np.testing.assert_allclose(routing.entropy_B, entropy, rtol=1e-5)
 
 
