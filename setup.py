@@ -8,7 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "dsjax/__init__.py").read_text())
 
+DATA = ["pyarrow", "zstandard"]  # Parquet, .jsonl.zst
 TEST = [
+    *DATA,
     # jax's own extras give the compilers that match it, for the ahead-of-time checks:
     # libtpu, and the CUDA plug-in without CUDA's libraries.
     "jax[tpu,cuda13-local]",
@@ -52,6 +54,7 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "data": DATA,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "test": TEST,

@@ -93,6 +93,7 @@ def parser() -> Parser:
         _add_quickstart,
         _add_train,
         _add_inspect,
+        _add_tokenize,
         _add_convert,
         _add_export,
         _add_generate,
@@ -265,6 +266,78 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         help="positions that a token attends to, for its FLOPs (default: 4096)",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+# --- tokenize
+
+
+def _tokenize(args: argparse.Namespace) -> None:
+    """Turn text, JSONL or Parquet into token shards to train on.
+
+    A file of another kind is one document; a directory stands for all files below it.
+    With --held-out-percent, OUT/train and OUT/held_out.
+    """
+    from dsjax.data.tokenize import tokenize_files
+
+    written = tokenize_files(
+        args.files,
+        args.out,
+        bpe=args.train_bpe,
+        tokenizer=args.tokenizer,
+        field=args.text_field,
+        workers=args.workers,
+        shard_tokens=args.shard_tokens,
+        held_out_percent=args.held_out_percent,
+    )
+    for name, index in written.items():
+        print(
+            f"{Path(args.out, name)}: {index.documents:,} documents, "
+            f"{index.bytes:,} bytes, {index.tokens:,} tokens of {index.vocab_size:,}, "
+            f"{index.bytes / index.tokens:.2f} bytes a token"
+        )
+
+
+def _add_tokenize(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        _tokenize,
+        example="dsjax tokenize web/*.jsonl.zst shards --train-bpe 32000 "
+        "--held-out-percent 1",
+    )
+    command.add_argument(
+        "files", nargs="+", metavar="FILES", help="files, and directories of them"
+    )
+    command.add_argument("out", metavar="OUT", help="a directory that does not exist")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--train-bpe", type=_positive, metavar="N", help="first train a BPE of N ids"
+    )
+    which.add_argument(
+        "--tokenizer", metavar="PATH", help="a directory, or its tokenizer.json"
+    )
+    command.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="of JSONL objects, or the Parquet column (default: text)",
+    )
+    command.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes (default: the cores)"
+    )
+    command.add_argument(
+        "--shard-tokens",
+        type=_positive,
+        default=2**28,
+        metavar="N",
+        help="tokens a shard, at most (default: 2^28)",
+    )
+    command.add_argument(
+        "--held-out-percent",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="of the documents, whole ones, chosen by a hash of their text (default: 0)",
+    )
 
 
 # --- convert, export

@@ -67,7 +67,7 @@ def test_everything_required_is_imported():
 
 
 def test_the_extras():
-    extras = {"tpu", "cuda", "test", "notebook", "eval"}
+    extras = {"data", "tpu", "cuda", "test", "notebook", "eval"}
     assert extras == set(metadata.metadata("dsjax").get_all("Provides-Extra"))
     assert metadata.metadata("dsjax")["Requires-Python"] == ">=3.11"
 
