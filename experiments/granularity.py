@@ -22,11 +22,11 @@ from dsjax.train.objective import Objective
 from dsjax.train.schedule import BatchSize, MultiStep
 from experiments import miniature
 
-D_MODEL, LAYERS, VOCABULARY, LENGTH = 512, 8, 8192, 1024
+D_MODEL, LAYERS, VOCABULARY, LENGTH = 384, 6, 8192, 1024
 WIDTH = (
     1536  # of a standard feed-forward: about 8/3 of d_model, a quarter in tiles of 64
 )
-SEQUENCES, STEPS = 32, 1500
+SEQUENCES, STEPS = 32, 900
 CORPUS = Data(
     sources=(Source(path="corpus/train"),),
     held_out="corpus/held_out",
@@ -63,12 +63,12 @@ def dense() -> Experiment:
 
 
 def small_model(name: str, feed_forward: Dense | Moe) -> ModelConfig:
-    """A decoder of 8 equal layers, as in the paper's validation runs."""
+    """A decoder of equal layers, as in the paper's validation runs."""
     return ModelConfig(
         name=name,
         vocab_size=VOCABULARY,
         d_model=D_MODEL,
-        attention=Gqa(num_heads=8, num_kv_heads=8, head_dim=64),
+        attention=Gqa(num_heads=6, num_kv_heads=6, head_dim=64),
         segments=(Segment(count=LAYERS, feed_forward=feed_forward),),
         max_length=LENGTH,
         init_std=small_init_std(D_MODEL),
@@ -85,9 +85,9 @@ def small_run(name: str, model: ModelConfig, objective: Objective) -> Experiment
         tokens=STEPS * SEQUENCES * LENGTH,
         batch=BatchSize(sequences=SEQUENCES),
         microbatch=SEQUENCES,
-        learning_rate=MultiStep(peak=1.5e-3, warmup=150, factors=(0.316, 0.0999)),
+        learning_rate=MultiStep(peak=2e-3, warmup=100, factors=(0.316, 0.0999)),
         objective=objective,
-        evaluation=Evaluation(every_steps=500),
+        evaluation=Evaluation(every_steps=150, sequences=256),
         checkpoints=Checkpoints(every_minutes=0),
     )
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dsjax.config import ModelConfig, Moe
 from dsjax.data.mixture import Source
-from dsjax.train.experiment import Experiment
+from dsjax.train.experiment import Evaluation, Experiment
 
 MASKED = (0, 1, 2, 3, 4)  # sixteenths of the routed experts
 
@@ -94,7 +94,8 @@ def masked_losses(experiment: Experiment, run: Path) -> dict[str, float]:
     from dsjax.train.build import build, load_initial
     from dsjax.train.evaluate import score
 
-    parts = build(experiment, workdir=run / "data")
+    whole = replace(experiment, evaluation=Evaluation(sequences=0))
+    parts = build(whole, workdir=run / "data")
     losses = {}
     for sixteenths in MASKED:
         config = without_best(experiment.model, sixteenths)

@@ -38,12 +38,12 @@ def tiny_v3(*, d_model: int, moe_layers: int, experts: int, vocab: int) -> Model
         vocab_size=vocab,
         d_model=d_model,
         attention=Mla(
-            num_heads=d_model // 32,
+            num_heads=d_model // 64,
             kv_rank=d_model // 2,
             q_rank=3 * d_model // 4,
             nope_dim=32,
-            rope_dim=16,
-            value_dim=32,
+            rope_dim=32,
+            value_dim=64,
             rope=Rope(interleaved=True),
         ),
         segments=(
@@ -88,16 +88,16 @@ def _on_cpu() -> Experiment:
 
 
 def _on_accelerator() -> Experiment:
-    length, sequences, steps = 1024, 32, 2400
+    length, sequences, steps = 1024, 32, 1600
     return Experiment(
         name="pretrain_tiny_v3",
-        model=tiny_v3(d_model=512, moe_layers=7, experts=16, vocab=8192),
-        data=Data(sources=StandardLibrary(vocab_size=8192)),
+        model=tiny_v3(d_model=512, moe_layers=7, experts=16, vocab=4096),
+        data=Data(sources=StandardLibrary(vocab_size=4096)),
         length=length,
         tokens=steps * sequences * length,
         batch=BatchSize(sequences=sequences),
         microbatch=sequences,
-        learning_rate=Cosine(peak=1.5e-3, warmup=200, final=0.02),
+        learning_rate=Cosine(peak=1.5e-3, warmup=150, final=0.02),
         objective=Objective(sequence_balance=1e-4, bias_speed=1e-3, mtp=0.3),
-        evaluation=Evaluation(every_steps=500),
+        evaluation=Evaluation(every_steps=200),
     )
