@@ -23,9 +23,7 @@ from dsjax.train.schedule import BatchSize, MultiStep
 from experiments import miniature
 
 D_MODEL, LAYERS, VOCABULARY, LENGTH = 384, 6, 8192, 1024
-WIDTH = (
-    1536  # of a standard feed-forward: about 8/3 of d_model, a quarter in tiles of 64
-)
+WIDTH = 1024  # of a standard feed-forward: 8/3 of d_model
 SEQUENCES, STEPS = 32, 900
 CORPUS = Data(
     sources=(Source(path="corpus/train"),),
