@@ -67,8 +67,9 @@ def kept(config, remat, precision):
     mesh, of, arguments = gradient(config, remat, precision)
     with jax.set_mesh(mesh):
         loop, *_ = loops(of.trace(*arguments).jaxpr.jaxpr)
-    stacked = loop.outvars[loop.params["num_carry"] :]
-    layer = [(str(x.aval.dtype), x.aval.shape[1:]) for x in stacked]
+    layers = config.segments[0].count  # no other first axis is as long
+    stacked = [x.aval for x in loop.outvars if x.aval.shape[:1] == (layers,)]
+    layer = [(str(x.dtype), x.shape[1:]) for x in stacked]
     return Counter(layer[ROUTING:])
 
 
