@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.extend.core import jaxprs_in_params
 
 from dsjax import models
-from dsjax.config import Gqa, Mla, ModelConfig, Moe, Score, Segment
+from dsjax.config import Dense, Gqa, Mla, ModelConfig, Moe, Score, Segment
 from dsjax.nn import attention
 from dsjax.nn.options import FLOAT32, Precision, Remat
 from dsjax.nn.router import Routing
@@ -67,8 +67,9 @@ def kept(config, remat, precision):
     mesh, of, arguments = gradient(config, remat, precision)
     with jax.set_mesh(mesh):
         loop, *_ = loops(of.trace(*arguments).jaxpr.jaxpr)
-    stacked = loop.outvars[loop.params["num_carry"] :]
-    layer = [(str(x.aval.dtype), x.aval.shape[1:]) for x in stacked]
+    layers = config.segments[0].count  # no other first axis is as long
+    stacked = [x.aval for x in loop.outvars if x.aval.shape[:1] == (layers,)]
+    layer = [(str(x.dtype), x.shape[1:]) for x in stacked]
     return Counter(layer[ROUTING:])
 
 
@@ -132,7 +133,8 @@ def test_nothing_of_scores_size_is_kept():
 
 def test_memory_falls():
     """Compiled temporary bytes of the gradient, with layers enough to lead."""
-    config = replace(CONFIG, segments=(Segment(count=24, feed_forward=MOE),))
+    segment = Segment(count=24, feed_forward=Dense(width=96))
+    config = replace(CONFIG, segments=(segment,))
 
     def size(remat):
         mesh, of, arguments = gradient(config, remat, FLOAT32, length=256)
