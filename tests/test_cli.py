@@ -14,7 +14,7 @@ from dsjax import cli
 from dsjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quickstart", "inspect", "convert", "export", "generate", "eval"]
+COMMANDS = ["quickstart", "inspect", "convert", "export", "generate", "eval", "scaling"]
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:
