@@ -98,6 +98,7 @@ def parser() -> Parser:
         _add_export,
         _add_generate,
         _add_eval,
+        _add_scaling,
     ):
         add(commands)
     return top
@@ -489,6 +490,28 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         help="tokens from window to window (default: half of the length)",
     )
     command.add_argument("--batch", type=_positive, default=4, help="(default: 4)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+# --- scaling
+
+
+def _scaling(args: argparse.Namespace) -> None:
+    """Learning rate, batch, model and data size for a budget of FLOPs.
+
+    By the scaling laws of the DeepSeek LLM paper.
+    """
+    from dsjax.train.scaling import scaling
+
+    found = scaling(args.flops)
+    print(json.dumps(found.as_dict()) if args.json else found)
+
+
+def _add_scaling(commands: argparse._SubParsersAction) -> None:
+    command = _command(commands, _scaling, example="dsjax scaling --flops 1e20")
+    command.add_argument(
+        "--flops", type=float, required=True, metavar="C", help="of training in all"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
