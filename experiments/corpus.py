@@ -49,7 +49,7 @@ LIBRARY = re.compile(r".*?/(?:python(\d(?:\.\d+)?)/)?(?:site|dist)-packages/")
 STANDARD = re.compile(r".*/lib/python(\d\.\d+)/")
 ELSEWHERE = re.compile(r"/(?:usr|opt)(?:/local)?/")
 SKIPPED = re.compile(
-    r"/(?:__pycache__|node_modules|[^/]+\.(?:dist|egg)-info|\.git)(?:/|$)"
+    r"/(?:__pycache__|node_modules|[^/]+\.(?:dist|egg)-info|\.git|pytest-of-\w+)(?:/|$)"
     r"|^/(?:proc|sys|dev|run)(?:/|$)"
 )
 
@@ -85,15 +85,17 @@ def find(roots: Iterable[str]) -> Iterator[Found]:
     """Every file that may be of use below the roots, other file systems left out."""
     for root in roots:
         for folder, folders, files in os.walk(root):
-            folders[:] = [f for f in folders if _worth(os.path.join(folder, f))]
+            folders[:] = [f for f in folders if _worth(folder, f, root)]
             for file in files:
                 found = _named(os.path.join(folder, file))
                 if found is not None:
                     yield found
 
 
-def _worth(folder: str) -> bool:
-    return not (SKIPPED.search(folder) or os.path.ismount(folder))
+def _worth(parent: str, folder: str, root: str) -> bool:
+    path = os.path.join(parent, folder)
+    inside = "/" + os.path.relpath(path, root)
+    return not (SKIPPED.search(inside) or os.path.ismount(path))
 
 
 def _named(path: str) -> Found | None:

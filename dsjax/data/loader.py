@@ -24,6 +24,7 @@ from dsjax.errors import UserError
 
 Batch = dict[str, np.ndarray]  # "tokens" int32 [B, S], "segments" int32 [B, S] if asked
 
+AHEAD = 256  # sequences of this host that are made before they are asked for
 SLOTS = 10_000  # a mixture's pattern: shares are exact to 1 in so many
 
 
@@ -84,7 +85,7 @@ class _Microbatches:
 
 
 class Batches:
-    """An endless iterator over a host's part of each microbatch, made ahead in threads.
+    """An endless iterator over a host's part of each microbatch, made ahead in a thread.
 
     Its state is a small dict for JSON: the sequences that all hosts together have
     taken, which continues with any number of hosts and any microbatch that divides it.
@@ -97,11 +98,11 @@ class Batches:
         batch_size: int,
         hosts: tuple[int, int],
         data: str = "",
-        ahead: int = 16,
     ):
         import grain
 
         self._size, self._data = batch_size, data
+        ahead = min(max(AHEAD * hosts[1] // batch_size, 2), 16)
         dataset = grain.MapDataset.source(_Microbatches(source, batch_size, hosts))
         # One thread: packing is Python under one lock, and a second only waits for it.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
@@ -133,7 +134,7 @@ class Batches:
         self._iterator.set_state({"next_index": taken})
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the thread."""
         self._iterator.close()
 
 
