@@ -164,6 +164,8 @@ class Moe:
     `renormalize` divides the chosen affinities by their sum (V3); `scale` multiplies
     the routed weights. `selection_bias` adds a learnt-by-balancing bias to the
     affinities for the choice only, never for the weights (V3, section 2.1.2).
+    `mask_best` of a token's best experts are passed over, the next ones are chosen: to
+    measure how much a trained model leans on them (DeepSeekMoE, section 4.5).
     """
 
     num_experts: int
@@ -175,11 +177,14 @@ class Moe:
     renormalize: bool = False
     scale: float = 1.0
     selection_bias: bool = False
+    mask_best: int = 0
 
     def __post_init__(self) -> None:
-        if self.top_k > self.num_experts:
+        if self.top_k + self.mask_best > self.num_experts:
+            masked = f" and mask_best={self.mask_best}" if self.mask_best else ""
             raise UserError(
-                f"top_k={self.top_k} is more than num_experts={self.num_experts}"
+                f"top_k={self.top_k}{masked} is more than "
+                f"num_experts={self.num_experts}"
             )
         if self.groups is None:
             return

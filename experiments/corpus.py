@@ -45,7 +45,7 @@ TELLING = 20  # characters of a line that says where it is from
 REPEATED = 0.5  # share of a file's telling lines that stand elsewhere already
 
 # What comes before a file's name in its own package, and the Python it belongs to.
-LIBRARY = re.compile(r".*/(?:python(\d(?:\.\d+)?)/)?(?:site|dist)-packages/")
+LIBRARY = re.compile(r".*?/(?:python(\d(?:\.\d+)?)/)?(?:site|dist)-packages/")
 STANDARD = re.compile(r".*/lib/python(\d\.\d+)/")
 ELSEWHERE = re.compile(r"/(?:usr|opt)(?:/local)?/")
 SKIPPED = re.compile(

@@ -69,10 +69,10 @@ def _start(arm: Arm, seed: int, args: argparse.Namespace) -> None:
 
 def run_job(arm: str, seed: int, corpus: str, steps: int | None, out: str) -> None:
     """Trains one arm with one seed and writes result.json."""
-    from dsjax.train.experiment import find
+    from dsjax.train.override import find
     from dsjax.train.run import train
 
-    experiment = find(arm)()
+    experiment = find(arm)
     source = Source(path=f"{corpus}/train")
     data = replace(experiment.data, sources=(source,), held_out=f"{corpus}/held_out")
     experiment = replace(experiment, data=data, seed=seed)
@@ -80,24 +80,29 @@ def run_job(arm: str, seed: int, corpus: str, steps: int | None, out: str) -> No
         tokens = steps * experiment.batch.sequences * experiment.length
         experiment = replace(experiment, tokens=tokens)
     folder = Path(out)
-    train(experiment, out=folder / "run")
-    result = {"arm": experiment.name, "seed": seed}
-    result["masked"] = masked_losses(experiment, folder / "run/model")
-    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    trained = train(experiment, out=folder / "run")
+    masked = masked_losses(experiment, folder / "run")
+    result = {"arm": experiment.name, "seed": seed, "masked": masked}
+    (folder / "result.json").write_text(json.dumps(result | trained, indent=2) + "\n")
 
 
-def masked_losses(experiment: Experiment, model: Path) -> dict[str, float]:
-    """Held-out nats a token with 0 to 4 sixteenths of the routed experts masked, for
-    each token those of highest affinity (2401.06066, section 4.5).
+def masked_losses(experiment: Experiment, run: Path) -> dict[str, float]:
+    """Held-out loss of the run's model, in nats a token, with 0 to 4 sixteenths of the
+    routed experts masked, for each token those of highest affinity (2401.06066, section
+    4.5).
     """
-    from dsjax.train.run import held_out_loss
+    from dsjax.train.build import build, load_initial
+    from dsjax.train.evaluate import score
 
+    parts = build(experiment, workdir=run / "data")
     losses = {}
     for sixteenths in MASKED:
         config = without_best(experiment.model, sixteenths)
-        if config is not None:
-            loss = held_out_loss(experiment, model, config=config)
-            losses[str(sixteenths)] = loss.nats_per_token
+        if config is None:
+            continue
+        changed = replace(experiment, model=config, initial=str(run / "model"))
+        model = load_initial(changed, parts)
+        losses[str(sixteenths)] = score(model, parts.held_out).nats_per_token
     return losses
 
 

@@ -17,7 +17,11 @@ def random_model(name: str, *, std: float = 0.125, **mesh: int) -> Transformer:
     """A tiny model whose logits have a standard deviation near 1 and whose norm scales
     and biases are no ones and zeros, so that a mistake in any of them shows."""
     config = replace(models.get(name), init_std=std)
-    model = Transformer.abstract(config, mesh=make_mesh(**mesh))
+    return fill(Transformer.abstract(config, mesh=make_mesh(**mesh)), std=std)
+
+
+def fill(model: Transformer, *, std: float) -> Transformer:
+    """Gives an abstract model its weights."""
     for path, variable in flat(model).items():
         seed = zlib.crc32(path.encode())
         value = np.random.default_rng(seed).standard_normal(variable.shape)

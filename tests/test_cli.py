@@ -14,7 +14,15 @@ from dsjax import cli
 from dsjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quickstart", "inspect", "convert", "export", "generate", "eval"]
+COMMANDS = [
+    "quickstart",
+    "inspect",
+    "tokenize",
+    "convert",
+    "export",
+    "generate",
+    "eval",
+]
 
 
 def run(*args: str, **options) -> subprocess.CompletedProcess:

@@ -7,6 +7,8 @@ Letters: B batch, T length, D model, E experts, F expert width, k chosen experts
 (one for each token and choice).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -125,6 +127,45 @@ def _product_backward(saved, dy_MN):
 _product.defvjp(_product_forward, _product_backward)
 
 
+# The gradient of a gather is a scatter, which adds up atomically on a GPU. Both orders
+# being known, these gather in both directions.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_ND: Array, order_M: Array, back_M: Array, k: int) -> Array:
+    """Each token's row, k times, in the order of the experts."""
+    return x_ND[order_M // k]
+
+
+def _spread_forward(x_ND, order_M, back_M, k):
+    return _spread(x_ND, order_M, back_M, k), back_M
+
+
+def _spread_backward(k, back_M, dy_MD):
+    dy_NkD = dy_MD[back_M].reshape(-1, k, dy_MD.shape[-1])
+    return dy_NkD.sum(axis=1, dtype=jnp.float32).astype(dy_MD.dtype), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
+
+
+@jax.custom_vjp
+def _permute(x_MD: Array, order_M: Array, back_M: Array) -> Array:
+    """x[order]; `back` is the inverse of `order`."""
+    return x_MD[order_M]
+
+
+def _permute_forward(x_MD, order_M, back_M):
+    return x_MD[order_M], back_M
+
+
+def _permute_backward(back_M, dy_MD):
+    return dy_MD[back_M], None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
 def _axes(spec: P) -> set[str]:
     """All mesh axes a spec names."""
     entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
@@ -143,10 +184,10 @@ def _apply_experts(x_BTD, indices_BTk, affinities_BTk, gate_EFD, up_EFD, down_ED
     expert_M = jnp.where((expert_M >= 0) & (expert_M < E), expert_M, E)
     order_M = keep(jnp.argsort(expert_M, stable=True))
     sizes_E = jnp.bincount(expert_M, length=E + 1)[:E].astype(jnp.int32)
-    rows_MD = keep(x_BTD.reshape(-1, D)[order_M // k])
+    back_M = keep(jnp.argsort(order_M))  # from sorted rows back to token order
+    rows_MD = keep(_spread(x_BTD.reshape(-1, D), order_M, back_M, k))
     gate_MF = keep(_product(rows_MD, gate_EFD, sizes_E))
     up_MF = keep(_product(rows_MD, up_EFD, sizes_E))
     out_MD = keep(_product(jax.nn.silu(gate_MF) * up_MF, down_EDF, sizes_E))
-    back_M = keep(jnp.argsort(order_M))  # from sorted rows back to token order
-    out = out_MD[back_M].reshape(B, T, k, D).astype(jnp.float32)
+    out = _permute(out_MD, back_M, order_M).reshape(B, T, k, D).astype(jnp.float32)
     return (out * affinities_BTk[..., None]).sum(axis=2)

@@ -17,6 +17,7 @@ from dsjax.nn.weights import filled, weight
 from dsjax.sharding import Sharding
 
 _KEPT = "kept"
+FUSED = ("dot_product_attention_fwd_wrapper",)  # cuDNN's, by JAX's name
 COPIES = ("convert_element_type", "optimization_barrier", "reshard")
 
 
@@ -66,13 +67,19 @@ class Remat(enum.Enum):
             case Remat.FULL:
                 policy = policies.nothing_saveable
             case Remat.V3:
-                policy = policies.save_only_these_names(_KEPT)
+                named = policies.save_only_these_names(_KEPT)
+                policy = policies.save_from_both_policies(named, _fused)
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _all_but_copies(primitive: Primitive, *_, **__) -> bool:
     """A policy of `jax.checkpoint`: casts and gathers are done again."""
     return primitive.name not in COPIES
+
+
+def _fused(primitive: Primitive, *_, **__) -> bool:
+    """A policy of `jax.checkpoint`: what fused attention gives is found again, too."""
+    return primitive.name in FUSED
 
 
 def keep(x: Array) -> Array:

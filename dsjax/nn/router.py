@@ -88,7 +88,8 @@ def route(
     )
     if config.groups is not None:
         choice = _limit_to_groups(choice, config.groups)
-    indices_BTk = jax.lax.top_k(choice, config.top_k)[1]
+    best = jax.lax.top_k(choice, config.mask_best + config.top_k)[1]
+    indices_BTk = best[..., config.mask_best :]
     weights_BTk = _pick(scores_BTE, indices_BTk)
     if config.renormalize:
         weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + 1e-20

@@ -6,9 +6,11 @@ a group's rows: the gradient by weights. In both, one warpgroup copies tiles to 
 memory and two multiply them; blocks of the grid walk over the output's tiles in an order
 that keeps what they share in the L2 cache.
 
-A tile of rows starts where its group or the tile before it ends, at any row. Tiles past
-the end of an array read zeros and write nothing; the last tile of a group writes its
-rows in runs of powers of two, since a copy's size is fixed when the kernel is compiled.
+A swizzled tile can start at every eighth row only: the first tile of a group starts at
+the last such row before the group, and rows of other groups in it are left out. Tiles
+past the end of an array read zeros and write nothing. A tile that is not all its group's
+writes its rows in runs of powers of two, since the size of a copy is fixed when the
+kernel is compiled.
 
 Letters: M rows, K inner, N outer, G groups.
 """
@@ -25,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 SMS = 132  # of an H100 or H200
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+ALIGN = 8  # rows of a swizzled tile
 INNER = 64  # columns of a swizzled tile: 128 bytes
 
 
@@ -86,18 +89,26 @@ def _row_tiles(rows: int, groups: int, columns: int) -> Tiles:
     return Tiles(tall, 128, 4)
 
 
-def _schedule(sizes: Array, rows: int, tile: int) -> tuple[Array, Array, Array]:
-    """(group, first row, number of rows) of every tile; tiles past the last have 0."""
+def _schedule(sizes: Array, rows: int, tile: int) -> tuple[Array, Array, Array, Array]:
+    """(group, first row, and which of its rows are the group's: from, to) of every tile;
+    tiles past the last have none.
+    """
     groups, sizes = sizes.shape[0], sizes.astype(jnp.int32)
-    row_ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum(-(-sizes // tile))
-    tiles = jnp.arange(rows // tile + groups, dtype=jnp.int32)
+    ends = jnp.cumsum(sizes)
+    begins = ends - sizes
+    aligned = begins // ALIGN * ALIGN
+    tile_counts = jnp.where(sizes > 0, -((aligned - ends) // tile), 0)
+    tile_ends = jnp.cumsum(tile_counts)
+    most = -(-(rows + (ALIGN - 1) * groups) // tile) + groups
+    tiles = jnp.arange(most, dtype=jnp.int32)
     group = jnp.searchsorted(tile_ends, tiles, side="right").astype(jnp.int32)
     group = jnp.minimum(group, groups - 1)
-    first_tile = tile_ends[group] + (-sizes[group] // tile)
-    start = row_ends[group] - sizes[group] + (tiles - first_tile) * tile
-    count = jnp.clip(row_ends[group] - start, 0, tile)
-    count = jnp.where(tiles < tile_ends[-1], count, 0)
-    return group, start, count
+    number = tiles - (tile_ends - tile_counts)[group]
+    start = aligned[group] + number * tile
+    first = jnp.clip(begins[group] - start, 0, tile)
+    last = jnp.clip(ends[group] - start, 0, tile)
+    last = jnp.where(tiles < tile_ends[-1], last, first)
+    return group, start // ALIGN, first, last
 
 
 def _rows_kernel(x: Array, w: Array, sizes: Array, *, turned: bool) -> Array:
@@ -106,10 +117,10 @@ def _rows_kernel(x: Array, w: Array, sizes: Array, *, turned: bool) -> Array:
     outer = w.shape[1 if turned else 2]
     tiles = _row_tiles(M, G, outer)
     half = tiles.columns // 2  # columns of one warpgroup
-    group, start, count = _schedule(sizes, M, tiles.rows)
-    grid = (group.shape[0], -(-outer // tiles.columns))
+    schedule = _schedule(sizes, M, tiles.rows)
+    grid = (schedule[0].shape[0], -(-outer // tiles.columns))
 
-    def kernel(group_ref, start_ref, count_ref, x_ref, w_ref, y_ref):
+    def kernel(group_ref, start_ref, first_ref, last_ref, x_ref, w_ref, y_ref):
         pipeline = functools.partial(
             _pipeline,
             steps=-(-inner // INNER),
@@ -128,7 +139,8 @@ def _rows_kernel(x: Array, w: Array, sizes: Array, *, turned: bool) -> Array:
             @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="sm")
             def _(loop):
                 tile, column = _snake(loop.index[0], grid)
-                first, rows = start_ref[tile], count_ref[tile]
+                start = pl.multiple_of(start_ref[tile] * ALIGN, ALIGN)
+                first, last = first_ref[tile], last_ref[tile]
                 columns = pl.ds(column * tiles.columns, tiles.columns)
                 matrix = w_ref.at[group_ref[tile]]
 
@@ -142,14 +154,15 @@ def _rows_kernel(x: Array, w: Array, sizes: Array, *, turned: bool) -> Array:
                     def with_sum(acc):
                         run(acc)
                         here = pl.ds(column * tiles.columns + warpgroup * half, half)
-                        _store(acc[...].astype(x.dtype), out, y_ref, first, rows, here)
+                        y = acc[...].astype(x.dtype)
+                        _store(y, out, y_ref.at[:, here], start, first, last)
 
                     pl.run_scoped(with_sum, plgpu.ACC((tiles.rows, half), jnp.float32))
 
-                @pl.when(rows > 0)
+                @pl.when(last > first)
                 def _():
                     pipeline(multiply, compute)(
-                        x_ref.at[pl.ds(first, tiles.rows)],
+                        x_ref.at[pl.ds(start, tiles.rows)],
                         matrix.at[columns] if turned else matrix.at[:, columns],
                         allocations=allocations,
                     )
@@ -160,7 +173,7 @@ def _rows_kernel(x: Array, w: Array, sizes: Array, *, turned: bool) -> Array:
             scope, pipeline, (x_ref, w_ref.at[0]), _out_tiles(tiles.rows, half, x.dtype)
         )
 
-    return _call(kernel, (M, outer), x.dtype)(group, start, count, x, w)
+    return _call(kernel, (M, outer), x.dtype)(*schedule, x, w)
 
 
 def _weight_tile(tiles: Tiles, turned: bool) -> tuple[int, int]:
@@ -177,33 +190,33 @@ def _out_tiles(rows: int, columns: int, dtype):
     )
 
 
-def _store(y, out, y_ref, first, rows, columns) -> None:
-    """Writes the first `rows` rows of a tile; waits until the last one has left."""
+def _store(y, out, y_ref, start, first, last) -> None:
+    """Writes rows `first` to `last` of a tile that starts at row `start`; waits until
+    the tile before has left.
+    """
     whole, parts = out
     tall, warpgroup = y.shape[0], lax.axis_index("warpgroup")
+    count = last - first
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    @pl.when(rows == tall)
+    @pl.when(count == tall)
     def _():
         whole[warpgroup] = y
         plgpu.commit_smem()
-        rows_here = pl.ds(first, tall)
-        plgpu.copy_smem_to_gmem(whole.at[warpgroup], y_ref.at[rows_here, columns])
+        plgpu.copy_smem_to_gmem(whole.at[warpgroup], y_ref.at[pl.ds(start, tall)])
 
-    @pl.when(rows < tall)
+    @pl.when(count < tall)
     def _():
         parts[warpgroup] = y
         plgpu.commit_smem()
         run = tall // 2
         while run:
-            done = lax.div(rows, 2 * run) * (2 * run)
+            done = first + lax.div(count, 2 * run) * (2 * run)
 
-            @pl.when((rows & run) != 0)
+            @pl.when((count & run) != 0)
             def _(run=run, done=done):
                 part = parts.at[warpgroup, pl.ds(done, run)]
-                plgpu.copy_smem_to_gmem(
-                    part, y_ref.at[pl.ds(first + done, run), columns]
-                )
+                plgpu.copy_smem_to_gmem(part, y_ref.at[pl.ds(start + done, run)])
 
             run //= 2
 
@@ -214,10 +227,10 @@ def _weights_kernel(dy: Array, x: Array, sizes: Array) -> Array:
     tiles = Tiles(64, 256 if -(-K // 256) * 256 <= -(-K // 128) * 128 else 128, 3)
     half = 64  # rows of the output, so columns of dy, of one warpgroup
     ends = jnp.cumsum(sizes.astype(jnp.int32))
-    starts = ends - sizes.astype(jnp.int32)
+    begins = ends - sizes.astype(jnp.int32)
     grid = (-(-N // (2 * half)), -(-K // tiles.columns))
 
-    def kernel(start_ref, end_ref, dy_ref, x_ref, dw_ref):
+    def kernel(begin_ref, end_ref, dy_ref, x_ref, dw_ref):
         pipeline = functools.partial(
             _pipeline,
             shapes=((tiles.rows, 2 * half), (tiles.rows, tiles.columns)),
@@ -233,13 +246,13 @@ def _weights_kernel(dy: Array, x: Array, sizes: Array) -> Array:
             def _(loop):
                 group = loop.index[0]
                 n, k = _snake(loop.index[1], grid)
-                start, end = start_ref[group], end_ref[group]
+                begin, end = begin_ref[group], end_ref[group]
+                start = pl.multiple_of(lax.div(begin, ALIGN) * ALIGN, ALIGN)
                 columns = pl.ds(k * tiles.columns, tiles.columns)
 
                 def multiply(index, dy_tile, x_tile, acc):
-                    _clear_past(
-                        dy_tile.at[:, mine], end - start - index[0] * tiles.rows
-                    )
+                    here = start + index[0] * tiles.rows
+                    _keep_rows(dy_tile.at[:, mine], begin - here, end - here)
                     plgpu.wgmma(acc, dy_tile.at[:, mine].T, x_tile)
                     plgpu.wgmma_wait(0)
                     return acc
@@ -273,19 +286,20 @@ def _weights_kernel(dy: Array, x: Array, sizes: Array) -> Array:
         pipeline = functools.partial(pipeline, steps=tiles.stages)
         _run(scope, pipeline, (dy_ref, x_ref), out)
 
-    return _call(kernel, (G, N, K), x.dtype)(starts, ends, dy, x)
+    return _call(kernel, (G, N, K), x.dtype)(begins, ends, dy, x)
 
 
-def _clear_past(tile, rows) -> None:
-    """Zeros in the tile's rows from `rows` on: they are the next group's."""
+def _keep_rows(tile, first, last) -> None:
+    """Zeros in all rows but `first` to `last`: they are other groups'."""
     tall = tile.shape[0]
 
-    @pl.when(rows < tall)
+    @pl.when((first > 0) | (last < tall))
     def _():
         index = lax.broadcasted_iota(jnp.int32, tile.shape, 0)
         index = plgpu.layout_cast(index, plgpu.Layout.WGMMA)
         values = tile[...]
-        tile[...] = jnp.where(index < rows, values, jnp.zeros_like(values))
+        mine = (index >= first) & (index < last)
+        tile[...] = jnp.where(mine, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
 

@@ -1,6 +1,7 @@
 """Training windows: every token once an epoch, documents whole, FIM as it is defined."""
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -154,6 +155,20 @@ def test_a_corpus_of_shards_reads_the_same(corpus):
         np.testing.assert_array_equal(
             one, Windows(sharded, length=77, fim=FIM)[number]["tokens"]
         )
+
+
+def test_memory_goes_with_documents_and_windows_not_tokens(tmp_path):
+    """10^9 tokens in a file with holes: a window takes a few bytes of 4 GB."""
+    tokens = np.memmap(tmp_path / "tokens", np.uint32, "w+", shape=(10**9,))
+    starts = np.arange(0, 10**9, 10**6)
+    corpus = Corpus(tokens=np.asarray(tokens), starts=starts)
+    windows = Windows(corpus, length=4096, fim=FIM, segments=True)
+    tracemalloc.start()
+    for number in (0, 1, 244_000, 300_000):
+        assert windows[number]["tokens"].shape == (4097,)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 def test_threads_share_the_epochs(corpus):

@@ -64,6 +64,10 @@ def test_equals_a_loop_over_tokens(mesh, rng, config, shift):
     assert (np.sum(load, axis=0) > 0).all()  # every expert used
     share = (scores / scores.sum(-1, keepdims=True)).mean(axis=1)
     np.testing.assert_allclose(routing.probability_BE, share, rtol=1e-5)
+    share = scores / scores.sum(-1, keepdims=True)
+    entropy = -(share * np.log(share)).sum(-1).mean(1)
+    assert (entropy < 0.99 * np.log(16)).any()
+    np.testing.assert_allclose(routing.entropy_B, entropy, rtol=1e-5)
 
 
 def test_bias_selects_and_does_not_weigh(mesh):
@@ -86,3 +90,16 @@ def test_gradient_reaches_the_scores_not_the_bias(mesh, rng):
     by_score, by_bias = jax.grad(value, argnums=(0, 1))(scores, jnp.zeros(16))
     assert np.abs(by_score).max() > 0.1
     assert not np.any(by_bias)
+
+
+def test_entropy_of_no_preference_and_of_one_expert(mesh):
+    even = route(jnp.full((1, 2, 16), 1 / 16), None, BASE)
+    np.testing.assert_allclose(even.entropy_B, np.log(16), rtol=1e-6)
+    one = route(jax.nn.one_hot(jnp.zeros((1, 2), int), 16), None, BASE)
+    np.testing.assert_array_equal(one.entropy_B, 0.0)
+
+
+def test_entropy_has_no_gradient(mesh):
+    scores = jnp.linspace(0.2, 0.8, 16).reshape(1, 1, 16)
+    gradient = jax.grad(lambda scores: route(scores, None, BASE).entropy_B.sum())
+    assert not np.any(gradient(scores))

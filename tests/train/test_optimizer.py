@@ -1,33 +1,42 @@
-"""AdamW's constants, what decays, and the learning-rate schedules."""
+"""AdamW against Optax's own and by hand: what decays, how the gradient is clipped, bfloat16 moments."""
 
-import itertools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from dsjax.errors import UserError
-from dsjax.train.optimizer import adamw, decays
-from dsjax.train.schedule import cosine, multi_step
+from dsjax.train.optimizer import AdamW, adamw, apply, decays
 
 
-def test_adamw_by_hand():
+def run(optimizer, params, gradients, rates):
+    transform = adamw(optimizer)
+    state = transform.init(params)
+    for gradient, rate in zip(gradients, rates):
+        updates, state = transform.update(gradient, state, params)
+        params = apply(params, updates, rate)
+    return params, state
+
+
+def random(seed, scale):
+    rng = np.random.default_rng(seed)
+    shapes = {"w": (5, 7), "norm.scale": (7,), "q_bias_KGH": (3,)}
+    return {
+        k: jnp.asarray(rng.normal(0, scale, v), jnp.float32) for k, v in shapes.items()
+    }
+
+
+def test_by_hand():
     """Two steps of Loshchilov and Hutter's algorithm, gradient clipped to norm 1."""
     params = {"w": jnp.asarray([1.0, -2.0]), "norm.scale": jnp.asarray([3.0])}
     gradients = [
         {"w": jnp.asarray([3.0, 0.0]), "norm.scale": jnp.asarray([4.0])},
         {"w": jnp.asarray([0.1, 0.2]), "norm.scale": jnp.asarray([0.3])},
     ]
-    optimizer = adamw(0.1)
-    state = optimizer.init(params)
+    rates = [0.1, 0.05]
     expected = {"w": np.array([1.0, -2.0]), "norm.scale": np.array([3.0])}
-    m = {k: 0.0 for k in params}
-    v = {k: 0.0 for k in params}
-    for t, gradient in enumerate(gradients, start=1):
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+    m, v = dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+    for t, (gradient, rate) in enumerate(zip(gradients, rates), start=1):
         norm = np.sqrt(sum(float((g**2).sum()) for g in gradient.values()))
         for name in expected:
             g = np.asarray(gradient[name]) / max(norm, 1.0)
@@ -35,9 +44,61 @@ def test_adamw_by_hand():
             v[name] = 0.95 * v[name] + 0.05 * g**2
             step = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
             decay = 0.1 * expected[name] if name == "w" else 0.0
-            expected[name] = expected[name] - 0.1 * (step + decay)
+            expected[name] = expected[name] - rate * (step + decay)
+    params, _ = run(AdamW(), params, gradients, rates)
     for name in expected:
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
+
+
+def test_equals_optaxs_own():
+    """20 steps with a rate that changes, other constants than the defaults."""
+    settings = {"b1": 0.8, "b2": 0.99, "eps": 1e-6, "weight_decay": 0.3}
+    gradients = [random(seed, 10.0 ** (seed % 3 - 1)) for seed in range(20)]
+    rates = np.linspace(0.1, 0.01, 20)
+    oracle = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(
+            lambda step: jnp.asarray(rates)[step],
+            mask={"w": True, "norm.scale": False, "q_bias_KGH": False},
+            **settings,
+        ),
+    )
+    expected = random(99, 1.0)
+    state = oracle.init(expected)
+    for gradient in gradients:
+        updates, state = oracle.update(gradient, state, expected)
+        expected = optax.apply_updates(expected, updates)
+    optimizer = AdamW(clip=0.5, **settings)
+    params, _ = run(optimizer, random(99, 1.0), gradients, rates)
+    for name in params:
+        np.testing.assert_allclose(params[name], expected[name], rtol=2e-6, atol=1e-7)
+
+
+def test_bfloat16_moments_rest_rounded_and_compute_in_float32():
+    """Each step uses the moments before they are rounded; both rest in bfloat16."""
+    optimizer = AdamW(moments=jnp.bfloat16, weight_decay=0.0, clip=1e9)
+    w = jnp.asarray([1.0, 2.0, 3.0])
+    gradients = [jnp.asarray([0.3, -1.7, 5.3]), jnp.asarray([1.1, 0.7, -0.9])]
+    params, state = run(optimizer, {"w": w}, [{"w": g} for g in gradients], [0.1, 0.1])
+    rounded = lambda x: np.asarray(jnp.bfloat16(x), np.float32)  # noqa: E731
+    m = v = np.float32(0)
+    for t, g in enumerate(map(np.asarray, gradients), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        w -= 0.1 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        m, v = rounded(m), rounded(v)
+    np.testing.assert_allclose(params["w"], w, rtol=1e-6)
+    moments = state[1]
+    assert moments.count.dtype == jnp.int32 and int(moments.count) == 2
+    for found, expected in ((moments.mu, m), (moments.nu, v)):
+        assert found["w"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.float32(found["w"]), expected)
+
+
+def test_bfloat16_parameters_move_in_float32():
+    params = {"w": jnp.asarray([1.0], jnp.bfloat16)}
+    moved = apply(params, {"w": jnp.asarray([-3.0])}, jnp.float32(0.001))
+    assert moved["w"].dtype == jnp.bfloat16
+    assert float(moved["w"][0]) == float(jnp.bfloat16(1.003))
 
 
 @pytest.mark.parametrize(
@@ -55,23 +116,8 @@ def test_norms_and_biases_do_not_decay(path, expected):
     assert decays(path) is expected
 
 
-def test_multi_step_is_deepseek_llms():
-    rate = jax.vmap(multi_step(peak=4.2e-4, steps=10000, warmup=2000))
-    steps = np.array([0, 999, 1999, 5000, 7999, 8000, 8999, 9000, 9999])
-    factors = [1 / 2000, 0.5, 1, 1, 1, 0.316, 0.316, 0.1, 0.1]
-    np.testing.assert_allclose(rate(steps), 4.2e-4 * np.array(factors), rtol=1e-5)
-
-
-def test_cosine_ends_at_its_final_rate():
-    rate = cosine(peak=1.0, steps=100, warmup=10, final=0.1)
-    values = [float(rate(step)) for step in range(101)]
-    assert values[0] == pytest.approx(0.1) and values[10] == 1.0
-    assert values[55] == pytest.approx(0.55) and values[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
-
-
-def test_impossible_schedules_are_refused():
-    with pytest.raises(UserError, match="warmup=20"):
-        cosine(peak=1.0, steps=10, warmup=20)
-    with pytest.raises(UserError, match="differ in length"):
-        multi_step(peak=1.0, steps=10, warmup=2, decay_at=(0.6,))
+@pytest.mark.parametrize("wrong", [{"b1": 1.0}, {"clip": 0.0}, {"weight_decay": -0.1}])
+def test_nonsense_is_refused(wrong):
+    ((name, number),) = wrong.items()
+    with pytest.raises(UserError, match=f"{name}={number}"):
+        AdamW(**wrong)

@@ -1,0 +1,132 @@
+"""Each dtype of a model's arithmetic does what it says, and alone."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from dsjax import models
+from dsjax.config import Moe
+from dsjax.nn.cache import Context
+from dsjax.nn.norm import RmsNorm
+from dsjax.nn.options import FLOAT32, Build, Precision
+from dsjax.nn.router import Router
+from dsjax.nn.transformer import Transformer
+from dsjax.nn.weights import RouterBias, flat, use
+from dsjax.sharding import Sharding
+
+BF16 = Precision()  # the papers': bfloat16 compute, the rest float32
+CONFIG = models.shrink(models.v3(), vocab_size=128, width=16)
+
+
+def build(precision):
+    return Build(std=0.2, sharding=Sharding(), precision=precision, rngs=nnx.Rngs(0))
+
+
+def test_equal_precisions_are_one():
+    """However they are written, so that nothing compiles twice."""
+    assert Precision(compute="bfloat16") == BF16
+    assert hash(Precision(compute=jnp.dtype("bfloat16"))) == hash(BF16)
+
+
+def test_router_is_float32_from_float32_weights(mesh, rng):
+    """Activations in bfloat16, weights too fine for it: the exact affinities."""
+    x = jnp.asarray(rng.standard_normal((2, 40, 32)), jnp.bfloat16)
+    context = Context(positions_BT=jnp.zeros((2, 40), jnp.int32))
+    moe = Moe(num_experts=16, num_shared=0, top_k=4, width=8)
+
+    def error(precision):
+        router = Router(moe, 32, build=build(precision))
+        weight = np.asarray(router.weight_ED[...], np.float64)
+        logits = np.asarray(x, np.float64) @ weight.T
+        scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        best = -np.sort(-scores, axis=-1)[..., :4]
+        return np.abs(router(x, context).weights_BTk / best - 1).max()
+
+    assert error(BF16) < 1e-5
+    assert error(replace(BF16, router=jnp.bfloat16)) > 1e-3
+
+
+def test_norm_statistics(mesh, rng):
+    x = jnp.asarray(3 + rng.standard_normal((4, 512)), jnp.float32)
+    exact = np.asarray(x, np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+
+    def error(precision):
+        normed = RmsNorm(512, build=build(precision))(x)
+        assert normed.dtype == x.dtype
+        return np.abs(np.asarray(normed, np.float64) / exact - 1).mean()
+
+    assert error(BF16) < 1e-6
+    assert error(replace(BF16, statistics=jnp.bfloat16)) > 5e-4
+
+
+def test_weights_rest_in_params_and_router_bias_in_float32():
+    model = Transformer.abstract(CONFIG, precision=replace(BF16, params=jnp.float16))
+    for variable in flat(model).values():
+        bias = isinstance(variable, RouterBias)
+        assert variable.dtype == (jnp.float32 if bias else jnp.float16)
+
+
+def test_activations_are_computed_in_compute():
+    model = Transformer.abstract(CONFIG, precision=BF16)
+    graph, state = nnx.split(model)
+    with jax.set_mesh(model.mesh):
+        hidden = jax.eval_shape(
+            lambda state, tokens: nnx.merge(graph, state).forward(tokens).hidden_BTD,
+            state,
+            jax.ShapeDtypeStruct((2, 8), jnp.int32),
+        )
+    assert hidden.dtype == jnp.bfloat16
+
+
+def test_a_frequent_tokens_gradient_adds_up_in_float32(rng):
+    """4096 positions of one token: in bfloat16 the sum would stop growing early."""
+    model = Transformer.create(CONFIG, precision=BF16)
+    graph, state = nnx.split(model)
+    weigh = jnp.asarray(1 + rng.random((1, 4096, 64)), jnp.bfloat16)
+    tokens = jnp.full((1, 4096), 7)
+
+    @jax.jit
+    @jax.grad
+    def gradient(state):
+        return (nnx.merge(graph, state).embed(tokens) * weigh).sum(dtype=jnp.float32)
+
+    with jax.set_mesh(model.mesh):
+        found = gradient(state)["embedding_VD"][...][7]
+    expected = np.asarray(weigh, np.float64).sum(axis=(0, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def primitives(function, *arguments):
+    """The names of what a function is made of, in order."""
+    equations = jax.make_jaxpr(function)(*arguments).jaxpr.eqns
+    return [equation.primitive.name for equation in equations]
+
+
+def test_no_weight_is_cast_without_a_barrier(mesh):
+    """XLA for TPUs casts the stacked layers as a whole, before the loop over them, if
+    nothing stands between a layer's slice and its cast.
+    """
+    weight = build(FLOAT32).weight((8, 8), P())
+    cast = primitives(lambda: use(weight, jnp.bfloat16))
+    assert cast == ["optimization_barrier", "convert_element_type"]
+    assert primitives(lambda: use(weight, jnp.float32)) == []
+
+
+def test_a_plain_model_is_float32_throughout():
+    """What parity is measured on."""
+    model = Transformer.abstract(CONFIG)
+    assert model.precision == FLOAT32
+    graph, state = nnx.split(model)
+
+    def forward(state, tokens):
+        return nnx.merge(graph, state).forward(tokens).hidden_BTD
+
+    with jax.set_mesh(model.mesh):
+        tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        text = jax.jit(forward).lower(state, tokens).as_text()
+    assert "bf16" not in text and "f16" not in text and "f64" not in text
