@@ -50,6 +50,7 @@ setup(
         "matplotlib",
         "ml_dtypes",
         "numpy",
+        "tensorboardX",
         "tensorstore",
         "tqdm",
     ],

@@ -176,7 +176,7 @@ def _train(args: argparse.Namespace) -> None:
         steps=args.steps,
         profile=args.profile,
     )
-    if result["first"]:
+    if result.pop("first"):
         print(json.dumps(result) if args.json else _report(result))
     if result["stopped"] == "SIGINT":
         raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from dsjax.errors import UserError
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "quickstart",
+    "train",
     "inspect",
     "tokenize",
     "convert",
@@ -77,7 +78,9 @@ def test_help_needs_no_jax():
     "args",
     [
         [],
+        ["trian"],
         ["train"],
+        ["train", "x.y", "--steps", "0"],
         ["inspect"],
         ["inspect", "v3", "--context", "-1"],
         ["inspect", "v3", "--context", "many"],

@@ -20,12 +20,14 @@ MAY_IMPORT = {
     "dsjax.decode": ("dsjax.nn", "dsjax.data"),  # data: the tokenizer
     "dsjax.data": ("dsjax.config", "dsjax.sharding"),
     "dsjax.chips": (),
+    "dsjax.hosts": ("dsjax.sharding",),
     "dsjax.train": (
         "dsjax.nn",
         "dsjax.data",
         "dsjax.checkpoint",
         "dsjax.count",
         "dsjax.chips",
+        "dsjax.hosts",
     ),
     "dsjax.eval": ("dsjax.decode", "dsjax.data"),
     "dsjax.count": ("dsjax.nn", "dsjax.models", "dsjax.checkpoint"),

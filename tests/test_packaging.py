@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-UNTRACKED = {"__pycache__", "build", "dist", "quickstart", "venv"}
+UNTRACKED = {"__pycache__", "build", "dist", "quickstart", "runs", "venv"}
 HIDDEN = {".ci", ".gitignore", ".pre-commit-config.yaml"}
 
 

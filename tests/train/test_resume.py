@@ -1,9 +1,11 @@
 """Killed, stopped, moved: a run that goes on writes what it would have written."""
 
 import json
+import os
 import random
 import shutil
 import signal
+import socket
 import time
 
 import numpy as np
@@ -20,9 +22,7 @@ STEPS = 24
 TOKENS = ["--set", f"tokens={STEPS * 8 * 32}"]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -146,32 +146,73 @@ def test_asked_to_stop_while_it_compiles(tmp_path):
     assert runs.rows(out) == []
 
 
-def test_resumes_on_another_mesh(finished, tmp_path, capsys, monkeypatch):
-    """Six steps on eight devices, the rest on one: float tolerance. Each of the two
-    compiles one step.
-    """
+MESH = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+QUIET = ["--set=evaluation.every_steps=0"]  # one program less to compile
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, finished):
+    """The first six steps on eight devices; how often each step compiled."""
     made, make_step = [], build.make_step
 
     def noted(*args, **options):
         made.append(make_step(*args, **options))
         return made[-1]
 
-    monkeypatch.setattr(build, "make_step", noted)
-    out, name = str(tmp_path / "run"), "tests.train.tiny.run"
-    mesh = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
-    many = [*mesh, "--set=microbatch=8", "--steps=6"]
-    assert cli.main(["train", name, *TOKENS, "--out", out, *many]) == 0
-    assert "saved" in capsys.readouterr().out
-    assert (
-        cli.main(["train", name, *TOKENS, "--out", out, "--resume", "--steps=12"]) == 0
-    )
-    ours = [row for row in runs.rows(tmp_path / "run") if "loss" in row]
-    theirs = [row for row in runs.rows(finished[0]) if "loss" in row]
-    assert len(ours) == 12
-    assert [step.compiled._cache_size() for step in made] == [1, 1]
-    for one, other in zip(ours, theirs):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert one["mtp_loss"] == pytest.approx(other["mtp_loss"], rel=1e-5)
+    out = tmp_path_factory.mktemp("runs") / "eight"
+    args = ["train", "tests.train.tiny.run", *TOKENS, *MESH, *QUIET, "--out", str(out)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_step", noted)
+        assert cli.main([*args, "--set=microbatch=8", "--steps=6"]) == 0
+    return out, [step.compiled._cache_size() for step in made]
+
+
+def assert_close(ours, theirs, *, steps):
+    """Losses of the first steps, to float tolerance."""
+    rows = [
+        [row for row in runs.rows(out) if "loss" in row][:steps]
+        for out in (ours, theirs)
+    ]
+    assert len(rows[0]) == len(rows[1]) == steps
+    for one, other in zip(*rows):
+        for name in ("loss", "mtp_loss", "gradient_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_resumes_on_another_mesh(finished, eight, cache, tmp_path):
+    """Six steps on eight devices, as one program; the rest on one device."""
+    out, compiled = shutil.copytree(eight[0], tmp_path / "run"), eight[1]
+    assert compiled == [1]
+    more = [*TOKENS, *QUIET, "--resume", "--steps=12"]
+    runs.finish(runs.launch(out, *more, cache=cache))
+    assert_close(out, finished[0], steps=12)
+
+
+def test_two_processes(finished, eight, cache, tmp_path):
+    """Four devices each, as one process of eight; resumed by one process of one device."""
+    out = tmp_path / "run"
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    together = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    args = [*TOKENS, *MESH, *QUIET, "--set=microbatch=8", "--steps=3", *together]
+    children = [
+        runs.launch(out, *args, f"--process-id={index}", XLA_FLAGS=flags)
+        for index in range(2)
+    ]
+    try:
+        outputs = [runs.finish(child) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert "saved" in outputs[0]
+    said = [line for line in outputs[1].splitlines() if not line.startswith("[Gloo]")]
+    assert said == []
+    assert_close(out, eight[0], steps=3)
+    more = [*TOKENS, *QUIET, "--resume", "--steps=6"]
+    runs.finish(runs.launch(out, *more, cache=cache))
+    assert_close(out, finished[0], steps=6)
 
 
 def copy_of(run, place):

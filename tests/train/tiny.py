@@ -15,7 +15,12 @@ from dsjax.config import (
 )
 from dsjax.data.mixture import Data, StandardLibrary
 from dsjax.nn.options import Precision
-from dsjax.train.experiment import Checkpoints, Evaluation, Experiment
+from dsjax.train.experiment import (  # noqa: F401
+    Checkpoints,
+    Evaluation,
+    Experiment,
+    MeshShape,
+)
 from dsjax.train.objective import Objective
 from dsjax.train.schedule import BatchSize, Cosine
 
