@@ -24,7 +24,7 @@ from experiments import miniature
 
 D_MODEL, LAYERS, VOCABULARY, LENGTH = 384, 6, 8192, 1024
 WIDTH = 1024  # of a standard feed-forward: 8/3 of d_model
-SEQUENCES, STEPS = 32, 900
+SEQUENCES, STEPS = 32, 800
 CORPUS = Data(
     sources=(Source(path="corpus/train"),),
     held_out="corpus/held_out",

@@ -174,7 +174,7 @@ def pretrain_v2() -> Experiment:
     """DeepSeek-V2 (2405.04434, section 3.1): three balance losses and token dropping.
 
     Command: dsjax train experiments.pretrain_v2 --set data.sources.0.path=DIR
-    Hardware: v5p:8x8x8 (512 chips). Cost: 1.3e24 FLOPs, about 155 days there.
+    Hardware: v5p:8x8x8 (512 chips). Cost: 1.26e24 FLOPs, about 155 days there.
     Expect: MMLU 78.5, GSM8K 79.2, HumanEval 48.8 (the paper's base model).
     The paper does not say in which steps the batch grew: ten sizes here.
     """

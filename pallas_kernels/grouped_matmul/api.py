@@ -28,7 +28,7 @@ def grouped_matmul(
     cost nothing. Differentiable in `x` and `w`. The result has the dtype of `x`.
 
     `implementation`: "hopper" is a kernel for NVIDIA's H100 and H200, bfloat16, sizes
-    that 64 divides; "blocked" is portable and does the work of the rows there are;
+    that 128 divides; "blocked" is portable and does the work of the rows there are;
     "padded" copies rows and matrices into one batched product, quicker than "blocked"
     on a GPU where the copies fit; "ragged_dot" is XLA's, native on TPU but dense (all
     groups times all rows) elsewhere. None chooses by the platform that is compiled for,
