@@ -146,7 +146,7 @@ def select(files: list[Found], *, max_bytes: int) -> dict[str, list[Found]]:
         side = "held_out" if held_out(file) else "train"
         most = limits[side] * PACKAGE_SHARE[side]
         content = None
-        if sizes[side] < limits[side] and packages[file.package] < most:
+        if sizes[side] < limits[side] and packages[side, file.package] < most:
             content = _read(file.path)
         if content is None:
             continue
@@ -156,7 +156,7 @@ def select(files: list[Found], *, max_bytes: int) -> dict[str, list[Found]]:
         seen |= lines
         chosen[side].append(file)
         sizes[side] += len(content)
-        packages[file.package] += len(content)
+        packages[side, file.package] += len(content)
     return {side: sorted(found, key=lambda f: f.name) for side, found in chosen.items()}
 
 

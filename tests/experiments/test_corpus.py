@@ -75,6 +75,18 @@ def test_a_package_has_a_limited_share(root, monkeypatch):
     assert 0.5 * size < total < size + 2000
 
 
+def test_a_large_package_has_held_out_parts(root, monkeypatch):
+    """What is trained on of a package does not use up its share of the held-out text."""
+    monkeypatch.setattr(corpus, "PACKAGE_SHARE", {"train": 0.5, "held_out": 0.1})
+    where = root / "lib/python3.11/site-packages/large"
+    for number in range(40):
+        (where / f"sub{number}").mkdir(parents=True)
+        (where / f"sub{number}/m.py").write_text(module(f"s{number}"))
+    sides = corpus.select(corpus.newest(corpus.find([str(root)])), max_bytes=100_000)
+    for side in sides.values():
+        assert any(file.package == "large" for file in side)
+
+
 def test_the_corpus_is_packed_and_read(root, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "VOCAB_SIZE", 300)
     out = tmp_path / "out"
