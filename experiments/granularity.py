@@ -116,7 +116,7 @@ def _row(arm: miniature.Arm, runs: list[dict]) -> str:
     rises = [
         run["masked"]["4"] - run["masked"]["0"] for run in runs if "4" in run["masked"]
     ]
-    masked = f"+{np.mean(rises):.3f} (spread {np.ptp(rises):.3f})" if rises else "-"
+    masked = f"{np.mean(rises):+.3f} (spread {np.ptp(rises):.3f})" if rises else "-"
     return (
         f"| {arm.__name__} | {counted.parameters / 1e6:.1f} M "
         f"| {counted.active / 1e6:.1f} M | {np.mean(losses):.4f} "

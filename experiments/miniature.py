@@ -94,7 +94,7 @@ def masked_losses(experiment: Experiment, run: Path) -> dict[str, float]:
     from dsjax.train.build import build, load_initial
     from dsjax.train.evaluate import score
 
-    whole = replace(experiment, evaluation=Evaluation(sequences=0))
+    whole = replace(experiment, evaluation=Evaluation(sequences=1024))
     parts = build(whole, workdir=run / "data")
     losses = {}
     for sixteenths in MASKED:
