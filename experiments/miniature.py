@@ -6,6 +6,7 @@ loss, and measures it again with each token's best routed experts masked.
 """
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -51,7 +52,7 @@ def _start(arm: Arm, seed: int, args: argparse.Namespace) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     job = {
-        "arm": f"{arm.__module__}.{arm.__name__}",
+        "arm": f"experiments.{Path(inspect.getfile(arm)).stem}.{arm.__name__}",
         "seed": seed,
         "corpus": args.corpus,
         "steps": args.steps,
