@@ -69,6 +69,8 @@ def test_a_whole_number_for_a_float_reads_as_the_float():
     assert describe(whole) == describe(split)
     assert "ema = 0.0\nmesh" in describe(whole)
     assert "batch.sequences = 8\n" in describe(whole)
-    piecewise = Piecewise(values=(1, 0), at=(100,))
+    piecewise = Piecewise(values=(1, 0), boundaries=(100,))
     text = describe(replace(experiment, learning_rate=piecewise))
-    assert "learning_rate.values = (1.0, 0.0)\nlearning_rate.at = (100,)\n" in text
+    assert (
+        "learning_rate.values = (1.0, 0.0)\nlearning_rate.boundaries = (100,)\n" in text
+    )

@@ -36,13 +36,13 @@ def at(experiment, path: str):
         ),
         (
             "learning_rate",
-            "MultiStep(peak=1, at=(0.6, 0.9))",
-            MultiStep(peak=1.0, at=(0.6, 0.9)),
+            "MultiStep(peak=1, fractions=(0.6, 0.9))",
+            MultiStep(peak=1.0, fractions=(0.6, 0.9)),
         ),
         (
             "objective.mtp",
-            "Piecewise(values=(0.3,0.1),at=(100,))",
-            Piecewise(values=(0.3, 0.1), at=(100,)),
+            "Piecewise(values=(0.3,0.1),boundaries=(100,))",
+            Piecewise(values=(0.3, 0.1), boundaries=(100,)),
         ),
         ("model.segments.1.feed_forward.top_k", "4", 4),
         ("model.segments.1.feed_forward.score", "softmax", tiny.Score.SOFTMAX),
