@@ -1,5 +1,6 @@
 """Killed, stopped, moved: a run that goes on writes what it would have written."""
 
+import inspect
 import json
 import os
 import random
@@ -82,6 +83,26 @@ def test_every_checkpoint_is_a_model(finished, tmp_path):
     assert model.tokenizer.decode(model.tokenizer.encode("def f():")) == "def f():"
     for name, array in weights(out / "checkpoints" / "22").items():
         np.testing.assert_array_equal(flat(model)[name].get_value(), array)
+
+
+def test_transformers_give_an_exported_run_the_same_loss(finished, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5")
+    export(finished[0] / "model", tmp_path / "hf", progress=False)
+    ours = dsjax.load(tmp_path / "hf", dtype="float32")
+    text = inspect.getsource(json) + inspect.getsource(random)
+    tokens = np.array(ours.tokenizer.encode(text)[: 4 * 65]).reshape(4, 65)
+    logits = np.float64(ours(tokens[:, :-1]))
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    loss = -np.take_along_axis(logits, tokens[:, 1:, None], axis=-1).mean()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32
+    )
+    with torch.no_grad():
+        tokens = torch.from_numpy(tokens)
+        expected = theirs(tokens, labels=tokens).loss.item()
+    assert loss < np.log(320) - 1  # it has learnt something
+    assert loss == pytest.approx(expected, rel=2e-6)
 
 
 def test_killed_at_random_points(finished, cache, tmp_path):
