@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax.numpy as jnp
 import pytest
 
 from dsjax.config import Dense, Yarn
@@ -56,7 +57,7 @@ def at(experiment, path: str):
         ("data.sources", "(Source(path='a/b'),)", (Source(path="a/b"),)),
         ("data.sources.root", "/some/where", "/some/where"),
         ("data.held_out", "None", None),
-        ("precision.compute", "bfloat16", "bfloat16"),
+        ("precision.compute", "bfloat16", jnp.dtype("bfloat16")),
         ("remat", "V3", Remat.V3),
         ("remat", "Remat.FULL", Remat.FULL),
         ("objective.dropping", "Dropping(devices=2)", Dropping(devices=2)),
