@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from dsjax.data.mixture import Data, Source, StandardLibrary
 from dsjax.data.shards import Writer, read_index, whole_directory
 from dsjax.data.stdlib import python_source
@@ -88,7 +90,14 @@ def _write_library(library: StandardLibrary, out: Path) -> None:
             f"{root or 'the standard library'}: {len(split.train)} files to train on, "
             f"{len(split.held_out)} held out"
         )
-    tokenizer = train_bpe(read_texts(split.train), vocab_size=library.vocab_size)
+    texts = tqdm(
+        read_texts(split.train),
+        total=len(split.train),
+        desc=f"training a BPE of {library.vocab_size} ids",
+        unit="file",
+        disable=None,  # hidden where stderr is no terminal
+    )
+    tokenizer = train_bpe(texts, vocab_size=library.vocab_size)
     for name, files in (("train", split.train), ("held_out", split.held_out)):
         _write_files(files, tokenizer, out / name)
 
@@ -97,7 +106,8 @@ def _write_files(
     files: tuple[Path, ...], tokenizer: Tokenizer, out: Path, *, chunk: int = 256
 ) -> None:
     writer = Writer(out, tokenizer)
-    for start in range(0, len(files), chunk):
+    starts = range(0, len(files), chunk)
+    for start in tqdm(starts, desc=f"tokenising {out.name}", unit="part", disable=None):
         texts = list(read_texts(files[start : start + chunk]))
         size = sum(len(text.encode("utf-8")) for text in texts)
         writer.add(encode(texts, tokenizer), bytes=size)
