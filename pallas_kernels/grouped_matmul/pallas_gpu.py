@@ -42,7 +42,9 @@ class Tiles(NamedTuple):
 def supports(x_MK: Array, w_GNK: Array) -> bool:
     """Whether the kernels take these operands: bfloat16, sizes that 128 divides."""
     _, N, K = w_GNK.shape
-    fits = x_MK.dtype == jnp.bfloat16 and N % 128 == K % 128 == 0 and x_MK.shape[0] >= 128
+    fits = (
+        x_MK.dtype == jnp.bfloat16 and N % 128 == K % 128 == 0 and x_MK.shape[0] >= 128
+    )
     return fits and _is_hopper()
 
 
