@@ -9,6 +9,7 @@ The files are in the page cache: reading a disk is not what is measured.
 
 import argparse
 import os
+import resource
 import statistics
 import tempfile
 import time

@@ -83,7 +83,7 @@ def _on_cpu() -> Experiment:
         objective=Objective(sequence_balance=1e-4, bias_speed=5e-3, mtp=0.3),
         precision=Precision(compute="float32"),
         mesh=MeshShape(data=2),  # one device a core: XLA runs a small step on one core
-        evaluation=Evaluation(every_steps=1000, sequences=128),
+        evaluation=Evaluation(every_steps=1200),
     )
 
 
