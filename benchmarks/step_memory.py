@@ -1,4 +1,4 @@
-"""Peak memory of a training step with V3's vocabulary, as XLA plans it.
+"""Memory of a training step with V3's vocabulary, as XLA plans it.
 
     python -m benchmarks.step_memory [--length 4096] [--layers 4] [--d-model 1024]
 
@@ -33,15 +33,14 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=1024)
     args = parser.parse_args()
     model = config(d_model=args.d_model, layers=args.layers)
-    print("| loss | remat | arguments GB | temporaries GB | peak GB |")
-    print("|---|---|---|---|---|")
+    print("| loss | remat | arguments GB | temporaries GB |")
+    print("|---|---|---|---|")
     for name, remat, entropy in cases():
         objective.loss.cross_entropy = entropy
         memory = compiled(model, length=args.length, remat=remat).memory_analysis()
         figures = (
             memory.argument_size_in_bytes,
             memory.temp_size_in_bytes,
-            memory.peak_memory_in_bytes,
         )
         numbers = " | ".join(f"{figure / 1e9:.2f}" for figure in figures)
         print(f"| {name} | {remat.value} | {numbers} |", flush=True)
