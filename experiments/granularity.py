@@ -35,7 +35,8 @@ def deepseek_moe() -> Experiment:
     """One shared and 63 routed experts of a quarter width, 7 for each token.
 
     Command: python -m experiments.granularity (all arms and seeds)
-    Hardware, cost, result: LOG.md.
+    Hardware: one H200. Cost: 26 M tokens, 40 s a run with three at once.
+    Expect: 2.371 nats a token held out (seeds within 0.010).
     """
     width = WIDTH // 4
     return _arm("deepseek_moe", Moe(num_experts=63, num_shared=1, top_k=7, width=width))
@@ -45,7 +46,8 @@ def gshard() -> Experiment:
     """Sixteen experts of the standard width, 2 for each token, gates that add up to 1.
 
     Command: python -m experiments.granularity (all arms and seeds)
-    Hardware, cost, result: LOG.md.
+    Hardware: one H200. Cost: 26 M tokens, 40 s a run with three at once.
+    Expect: 2.512 nats a token held out (seeds within 0.030).
     """
     moe = Moe(num_experts=16, num_shared=0, top_k=2, width=WIDTH, renormalize=True)
     return _arm("gshard", moe)
@@ -55,7 +57,8 @@ def dense() -> Experiment:
     """Twice the standard width for every token: what the other two spend on one.
 
     Command: python -m experiments.granularity (all arms and seeds)
-    Hardware, cost, result: LOG.md.
+    Hardware: one H200. Cost: 26 M tokens, 40 s a run with three at once.
+    Expect: 2.413 nats a token held out (seeds within 0.042).
     """
     return _arm("dense", Dense(width=2 * WIDTH))
 

@@ -26,7 +26,8 @@ def pretrain_tiny_v3() -> Experiment:
 
     Command: dsjax train experiments.pretrain_tiny_v3
     Hardware: any; it takes its size from what JAX finds, 2 CPU cores or an accelerator.
-    Cost and expected result: LOG.md.
+    Cost: 13 minutes on 2 CPU cores; 2 min 43 s on an H200.
+    Expect: 1.69 bits a byte of whole held-out files; on the H200 0.77 (lzma: 1.43).
     """
     return _on_cpu() if jax.default_backend() == "cpu" else _on_accelerator()
 
