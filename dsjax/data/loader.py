@@ -104,7 +104,7 @@ class Batches:
         self._size, self._data = batch_size, data
         ahead = min(max(AHEAD * hosts[1] // batch_size, 2), 16)
         dataset = grain.MapDataset.source(_Microbatches(source, batch_size, hosts))
-        # One thread: packing is Python under one lock, and a second only waits for it.
+        # One thread: packing is Python, under one lock.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
