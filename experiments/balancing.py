@@ -67,37 +67,34 @@ ARMS = (bias, sequence_loss, none)
 def report(out: Path) -> str:
     """A table of the arms; writes it and the figure beside the runs."""
     arms = miniature.results(out)
-    rows = [_row(arm.__name__, arms[arm.__name__], out) for arm in ARMS]
-    head = "| arm | held-out loss | by seed | MaxVio of a batch, last tenth | spread |"
-    text = "\n".join([head, "|---|---|---|---|---|", *rows]) + "\n"
-    (out / "table.md").write_text(text)
-    _figure(arms, out)
-    return text
-
-
-def _row(name: str, runs: list[dict], out: Path) -> str:
-    losses = [run["masked"]["0"] for run in runs]
-    folders = [out / f"{name}-{run['seed']}" for run in runs]
-    series = [miniature.history(folder, "max_violation")[1] for folder in folders]
-    late = [values[-len(values) // 10 :].mean() for values in series]
-    return (
-        f"| {name} | {np.mean(losses):.4f} "
-        f"| {', '.join(f'{loss:.4f}' for loss in losses)} "
-        f"| {np.mean(late):.3f} | {np.ptp(late):.3f} |"
+    columns = (
+        "arm",
+        "held-out loss",
+        "by seed",
+        "MaxVio of a batch, last tenth",
+        "spread",
     )
+    names = [arm.__name__ for arm in ARMS if arm.__name__ in arms]
+    _figure(arms, out)
+    rows = [_row(name, arms[name]) for name in names]
+    return miniature.write_table(out, columns, rows)
+
+
+def _row(name: str, runs: list[dict]) -> list[str]:
+    series = [miniature.history(run["folder"], "max_violation")[1] for run in runs]
+    late = [values[-len(values) // 10 :].mean() for values in series]
+    cells = f"{np.mean(late):.3f}", f"{np.ptp(late):.3f}"
+    return [name, *miniature.losses(runs), *cells]
 
 
 def _figure(arms: dict[str, list[dict]], out: Path) -> None:
     figure, (left, right) = miniature.canvas(2)
     for name, runs in arms.items():
-        folders = [out / f"{name}-{run['seed']}" for run in runs]
-        miniature.plot(left, folders, "held_out_loss", name)
-        miniature.plot(right, folders, "max_violation", name)
+        miniature.plot(left, runs, "held_out_loss", name)
+        miniature.plot(right, runs, "max_violation", name)
     left.set(xlabel="step", ylabel="held-out loss (nats a token)")
     right.set(xlabel="step", ylabel="MaxVio of the batch, mean of layers", yscale="log")
-    left.legend()
-    right.legend()
-    figure.savefig(out / "figure.png", dpi=120)
+    miniature.save(figure, out)
 
 
 if __name__ == "__main__":

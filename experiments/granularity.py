@@ -105,51 +105,40 @@ ARMS = (deepseek_moe, gshard, dense)
 def report(out: Path) -> str:
     """A table of the arms; writes it and the figure beside the runs."""
     arms = miniature.results(out)
+    columns = "arm", "parameters", "in use", "held-out loss", "by seed"
     rows = [_row(arm, arms[arm.__name__]) for arm in ARMS if arm.__name__ in arms]
-    head = "| arm | parameters | in use | held-out loss | by seed | with 4/16 masked |"
-    text = "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"
-    (out / "table.md").write_text(text)
     _figure(arms, out)
-    return text
+    return miniature.write_table(out, (*columns, "with 4/16 masked"), rows)
 
 
-def _row(arm: miniature.Arm, runs: list[dict]) -> str:
+def _row(arm: miniature.Arm, runs: list[dict]) -> list[str]:
     counted = count.count(arm().model)
-    losses = [run["masked"]["0"] for run in runs]
-    rises = [
-        run["masked"]["4"] - run["masked"]["0"] for run in runs if "4" in run["masked"]
-    ]
+    rises = [rise[-1] for rise in map(_rises, runs) if len(rise) > 1]
     masked = f"{np.mean(rises):+.3f} (spread {np.ptp(rises):.3f})" if rises else "-"
-    return (
-        f"| {arm.__name__} | {counted.parameters / 1e6:.1f} M "
-        f"| {counted.active / 1e6:.1f} M | {np.mean(losses):.4f} "
-        f"| {', '.join(f'{loss:.4f}' for loss in losses)} | {masked} |"
-    )
+    sizes = [f"{size / 1e6:.1f} M" for size in (counted.parameters, counted.active)]
+    return [arm.__name__, *sizes, *miniature.losses(runs), masked]
+
+
+def _rises(run: dict) -> np.ndarray:
+    """How far each share of masked experts lifts the held-out loss, none first."""
+    losses = [
+        run["masked"][n] for n in map(str, miniature.MASKED) if n in run["masked"]
+    ]
+    return np.array(losses) - losses[0]
 
 
 def _figure(arms: dict[str, list[dict]], out: Path) -> None:
     figure, (left, right) = miniature.canvas(2)
+    shares = np.array(miniature.MASKED) / 16
     for name, runs in arms.items():
-        folders = [out / f"{name}-{run['seed']}" for run in runs]
-        miniature.plot(left, folders, "held_out_loss", name)
-        if "4" in runs[0]["masked"]:
-            rises = np.array(
-                [
-                    [
-                        run["masked"][str(n)] - run["masked"]["0"]
-                        for n in miniature.MASKED
-                    ]
-                    for run in runs
-                ]
+        miniature.plot(left, runs, "held_out_loss", name)
+        if len(_rises(runs[0])) > 1:
+            miniature.band(
+                right, shares, [_rises(run) for run in runs], name, marker="o"
             )
-            x = np.array(miniature.MASKED) / 16
-            right.plot(x, rises.mean(axis=0), marker="o", label=name)
-            right.fill_between(x, rises.min(axis=0), rises.max(axis=0), alpha=0.2)
     left.set(xlabel="step", ylabel="held-out loss (nats a token)")
     right.set(xlabel="share of routed experts masked", ylabel="rise of held-out loss")
-    left.legend()
-    right.legend()
-    figure.savefig(out / "figure.png", dpi=120)
+    miniature.save(figure, out)
 
 
 if __name__ == "__main__":

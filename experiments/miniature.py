@@ -123,18 +123,36 @@ def without_best(config: ModelConfig, sixteenths: int) -> ModelConfig | None:
 
 
 def results(out: Path) -> dict[str, list[dict]]:
-    """Every arm's results, in the order of seeds."""
+    """Every arm's results, in the order of seeds; "folder" is where each came from."""
     arms: dict[str, list[dict]] = {}
     for path in sorted(out.glob("*/result.json")):
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text()) | {"folder": path.parent}
         arms.setdefault(result["arm"], []).append(result)
     return arms
+
+
+def write_table(
+    out: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
+    """A table in Markdown, also as `out`/table.md."""
+    lines = [columns, *rows]
+    text = [f"| {' | '.join(cells)} |" for cells in lines]
+    text.insert(1, "|" + "---|" * len(columns))
+    table = "\n".join(text) + "\n"
+    (out / "table.md").write_text(table)
+    return table
+
+
+def losses(runs: Sequence[dict]) -> list[str]:
+    """Two cells: the mean held-out loss of an arm, and that of each seed."""
+    values = [run["masked"]["0"] for run in runs]
+    return [f"{np.mean(values):.4f}", ", ".join(f"{value:.4f}" for value in values)]
 
 
 def history(run: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of one metric of a run; layers averaged."""
     lines = (run / "run/metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if key in row]
+    rows = [row for row in map(json.loads, lines) if row.get(key) is not None]
     values = [np.mean(row[key]) for row in rows]
     return np.array([row["step"] for row in rows]), np.array(values)
 
@@ -149,13 +167,25 @@ def canvas(panels: int):
     return figure, figure.subplots(1, panels)
 
 
-def plot(axes, runs: Sequence[Path], key: str, label: str) -> None:
-    """One metric over the steps: the mean over seeds, and their range as a band."""
-    steps = history(runs[0], key)[0]
-    values = np.stack([history(run, key)[1] for run in runs])
-    (line,) = axes.plot(steps, values.mean(axis=0), label=label)
+def plot(axes, runs: Sequence[dict], key: str, label: str) -> None:
+    """One metric of an arm over the steps."""
+    steps = history(runs[0]["folder"], key)[0]
+    band(axes, steps, [history(run["folder"], key)[1] for run in runs], label)
+
+
+def band(axes, x: np.ndarray, series: Sequence[np.ndarray], label: str, **line) -> None:
+    """The mean over seeds, and their range as a band."""
+    values = np.stack(series)
+    (drawn,) = axes.plot(x, values.mean(axis=0), label=label, **line)
     low, high = values.min(axis=0), values.max(axis=0)
-    axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+    axes.fill_between(x, low, high, alpha=0.2, color=drawn.get_color())
+
+
+def save(figure, out: Path) -> None:
+    """Legends, and the figure as `out`/figure.png."""
+    for axes in figure.axes:
+        axes.legend()
+    figure.savefig(out / "figure.png", dpi=120)
 
 
 if __name__ == "__main__":

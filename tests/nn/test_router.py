@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import Groups, GroupScore, Moe, Score
+from dsjax.errors import UserError
 from dsjax.nn.router import route
 
 BASE = Moe(num_experts=16, num_shared=1, top_k=4, width=8)
@@ -103,3 +104,15 @@ def test_entropy_has_no_gradient(mesh):
     scores = jnp.linspace(0.2, 0.8, 16).reshape(1, 1, 16)
     gradient = jax.grad(lambda scores: route(scores, None, BASE).entropy_B.sum())
     assert not np.any(gradient(scores))
+
+
+def test_masked_experts_are_passed_over(rng):
+    """The next best take their places, with their own affinities as weights."""
+    scores = rng.dirichlet(np.ones(16), (2, 5)).astype(np.float32)
+    got = route(jnp.asarray(scores), None, replace(BASE, mask_best=3))
+    expected = np.argsort(-scores, axis=-1)[..., 3:7]
+    np.testing.assert_array_equal(got.indices_BTk, expected)
+    weights = np.take_along_axis(scores, expected, axis=-1)
+    np.testing.assert_allclose(got.weights_BTk, weights, rtol=1e-6)
+    with pytest.raises(UserError, match="top_k=4 and mask_best=13 is more than"):
+        replace(BASE, mask_best=13)
