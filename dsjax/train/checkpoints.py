@@ -236,8 +236,7 @@ class _Explained:
             return
         directory = self._manager.directory
         if jax.process_index() == 0:
-            for partial in directory.glob("*orbax-checkpoint-tmp*"):
-                shutil.rmtree(partial, ignore_errors=True)
+            _remove_partial(directory)
         steps = [int(p.name) for p in directory.iterdir() if p.name.isdigit()]
         newest = (
             f"the newest is {directory / str(max(steps))}" if steps else "none is whole"
@@ -246,6 +245,20 @@ class _Explained:
             f"{directory}: the disk is full, a checkpoint was not written; {newest}: "
             "make room and --resume"
         ) from error
+
+
+def _remove_partial(directory: Path, *, quiet: float = 1.0, at_most: float = 60) -> None:
+    """Removes what did not become a checkpoint, until none has come back for `quiet`
+    seconds: when one array's thread fails, the others are still writing, and make the
+    directories anew in which they write.
+    """
+    end = time.monotonic() + at_most
+    gone = time.monotonic()
+    while time.monotonic() < min(gone + quiet, end):
+        for partial in directory.glob("*orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+            gone = time.monotonic()
+        time.sleep(quiet / 20)
 
 
 def _without_weights(state: TrainState) -> TrainState:
