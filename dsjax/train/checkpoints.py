@@ -247,7 +247,9 @@ class _Explained:
         ) from error
 
 
-def _remove_partial(directory: Path, *, quiet: float = 1.0, at_most: float = 60) -> None:
+def _remove_partial(
+    directory: Path, *, quiet: float = 1.0, at_most: float = 60
+) -> None:
     """Removes what did not become a checkpoint, until none has come back for `quiet`
     seconds: when one array's thread fails, the others are still writing, and make the
     directories anew in which they write.

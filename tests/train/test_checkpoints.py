@@ -1,5 +1,6 @@
 """What is left on disk of a checkpoint that did not become whole."""
 
+import contextlib
 import threading
 import time
 
@@ -14,10 +15,8 @@ def test_partial_checkpoints_are_removed_while_others_still_write(tmp_path):
         for number in range(12):
             place = tmp_path / "8.orbax-checkpoint-tmp" / "params"
             place.mkdir(parents=True, exist_ok=True)
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 (place / str(number)).write_text("bytes")
-            except FileNotFoundError:
-                pass
             time.sleep(0.05)
 
     writer = threading.Thread(target=write)
