@@ -28,7 +28,8 @@ from jaxtyping import Array, Float, Int
 
 ROWS = 256  # rows of a tile: enough for each matrix tile that enters the systolic array
 CHUNK = 64  # rows multiplied at once in a tile that is not all its group's
-DEPTH = 1024  # of the contracted axis, multiplied at once: bounds the compiler's copies
+STRIP = 256  # columns of the output multiplied at once,
+DEPTH = 1024  # and of the contracted axis: loops bound the program's length
 LANES = 128
 # Bytes that the compiler lets a kernel have unless asked for more, by JAX's device kind.
 SCOPED_VMEM = {
@@ -131,11 +132,11 @@ def _row_tile_bytes(
     tall: int, contracted: int, bytes_each: int, matrices: int
 ) -> tuple[int, int]:
     """VMEM of `_rows`: bytes whatever the columns, and bytes a column."""
+    sums = 2 * tall * STRIP * 4  # float32, before and after an addition
     lhs = 2 * tall * contracted * bytes_each
     matrix = 2 * contracted * bytes_each
     out = 2 * tall * bytes_each
-    sums = 2 * tall * 4  # float32, before and after the last addition
-    return lhs, matrices * (matrix + out + sums)
+    return lhs + matrices * sums, matrices * (matrix + out)
 
 
 def _cut(whole: int, most: int) -> int:
@@ -267,7 +268,7 @@ def _rows(
         matrix_count=len(matrices),
         combine=combine,
         turned=turned,
-        last_columns=out - (columns - 1) * tiles.columns,
+        out_columns=out,
     )
     lhs_spec, matrix_spec, out_spec = rows_specs(tiles, contracted, turned=turned)
     return pl.pallas_call(
@@ -323,72 +324,91 @@ def rows_specs(
 
 
 def _rows_kernel(
-    group, tile, first, last, end, *refs, lhs_count, matrix_count, combine, turned,
-    last_columns,
+    group, tile, first, last, end, *refs, lhs_count, matrix_count, combine, turned, out_columns
 ):  # fmt: skip
     """One visit: a tile of rows with one group's matrix, or matrices."""
     lhs = refs[:lhs_count] * (matrix_count // lhs_count)
     matrices = refs[lhs_count : lhs_count + matrix_count]
     outs = refs[lhs_count + matrix_count :]
     tall, width = outs[0].shape
+    strip = _strip(width, out_columns)
+    strips = jnp.minimum(width, out_columns - pl.program_id(0) * width) // strip
     visit = pl.program_id(1)
     begin, stop = first[visit], last[visit]
 
-    def multiply(rows, width):
-        return combine(
-            *[
-                _matmul(x.at[rows], w.at[:width] if turned else w.at[:, :width], turned)
-                for x, w in zip(lhs, matrices)
+    @pl.when(_begins(tile, visit) & (stop - begin < tall))
+    def _():
+        for out in outs:
+            out[...] = jnp.zeros_like(out)
+
+    @_with_rows(begin, stop, tall)
+    def _(rows):
+        mine = _between(begin, stop, rows, strip)
+
+        @pl.loop(0, strips)
+        def _(i):
+            columns = pl.ds(pl.multiple_of(i * strip, strip), strip)
+            block = (columns, slice(None)) if turned else (slice(None), columns)
+            products = [
+                _matmul(x.at[rows], w.at[block], turned) for x, w in zip(lhs, matrices)
             ]
-        )
-
-    def visit_columns(width):
-        columns = pl.ds(0, width)
-
-        @pl.when(stop - begin == tall)
-        def _():
-            for out, y in zip(outs, multiply(pl.ds(0, tall), width)):
-                out[:, columns] = y.astype(out.dtype)
-
-        @pl.when(stop - begin < tall)
-        def _():
-            @pl.when((visit == 0) | (tile[jnp.maximum(visit - 1, 0)] != tile[visit]))
-            def _():
-                for out in outs:
-                    out[...] = jnp.zeros_like(out)
-
-            @pl.loop(begin // CHUNK, jnp.where(stop > begin, pl.cdiv(stop, CHUNK), 0))
-            def _(chunk):
-                rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
-                mine = _between(begin, stop, chunk, width)
-                for out, y in zip(outs, multiply(rows, width)):
-                    others = out[rows, columns].astype(jnp.float32)
-                    out[rows, columns] = jnp.where(mine, y, others).astype(out.dtype)
-
-    if last_columns == width:
-        visit_columns(width)
-        return
-    at_end = pl.program_id(0) == pl.num_programs(0) - 1
-    pl.when(~at_end)(lambda: visit_columns(width))
-    pl.when(at_end)(lambda: visit_columns(last_columns))
+            for out, y in zip(outs, combine(*products)):
+                others = out[rows, columns].astype(jnp.float32)
+                out[rows, columns] = jnp.where(mine, y, others).astype(out.dtype)
 
 
-def _between(begin, stop, chunk, width: int) -> Array:
-    """Which rows of a chunk are the group's: [CHUNK, width]."""
-    row = lax.broadcasted_iota(jnp.int32, (CHUNK, width), 0) + chunk * CHUNK
+def _begins(what: Array, visit: Array) -> Array:
+    """Whether the visit before was not to the same tile, or group."""
+    return (visit == 0) | (what[jnp.maximum(visit - 1, 0)] != what[visit])
+
+
+def _strip(width: int, whole: int) -> int:
+    """Columns multiplied at once: they divide every tile, the last one, too."""
+    return STRIP if width % STRIP == whole % STRIP == 0 else LANES
+
+
+def _with_rows(begin: Array, stop: Array, tall: int) -> Callable:
+    """Runs a function on the fewest chunks that hold a tile's rows `begin` to `stop`.
+
+    At once, whatever their number: the systolic array's weights change as often for one
+    chunk as for a whole tile, or, where rows are contracted, it is as deep as a few.
+    """
+    start = begin // CHUNK
+    chunks = jnp.where(stop > begin, pl.cdiv(stop, CHUNK) - start, 0)
+
+    def run(body: Callable[[pl.Slice], None]) -> None:
+        for count in range(1, tall // CHUNK + 1):
+            first = 0 if count * CHUNK == tall else start * CHUNK
+            rows = pl.ds(pl.multiple_of(first, CHUNK), count * CHUNK)
+            pl.when(chunks == count)(functools.partial(body, rows))
+
+    return run
+
+
+def _between(begin: Array, stop: Array, rows: pl.Slice, width: int) -> Array:
+    """Which of the rows are the group's: [rows, width]."""
+    row = lax.broadcasted_iota(jnp.int32, (rows.size, width), 0) + rows.start
     return (row >= begin) & (row < stop)
 
 
 def _matmul(x_ref, w_ref, turned: bool) -> Array:
     """[m, C] times [o, C] if `turned`, else [C, o], in float32."""
-    contracted = x_ref.shape[1]
-    total = None
-    for start in range(0, contracted, DEPTH):
-        here = pl.ds(start, min(DEPTH, contracted - start))
+
+    def part(start, depth: int) -> Array:
+        here = pl.ds(start, depth)
         w = w_ref[:, here] if turned else w_ref[here]
-        part = _dot(x_ref[:, here], w, (1, 1 if turned else 0))
-        total = part if total is None else total + part
-    return total
+        return _dot(x_ref[:, here], w, (1, 1 if turned else 0))
+
+    width = w_ref.shape[0 if turned else 1]
+    depth = DEPTH * STRIP // width
+    whole, rest = divmod(x_ref.shape[1], depth)
+    total = jnp.zeros((x_ref.shape[0], width), jnp.float32)
+    total = part(whole * depth, rest) if rest else total
+
+    def add(i: Array, total: Array) -> Array:
+        return total + part(pl.multiple_of(i * depth, depth), depth)
+
+    return lax.fori_loop(0, whole, add, total)
 
 
 def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -465,26 +485,28 @@ def _outer_kernel(group, tile, first, last, end, dy, x, out, *scratch):
     tall, visit = dy.shape[0], pl.program_id(2)
     begin, stop = first[visit], last[visit]
 
-    @pl.when((visit == 0) | (group[jnp.maximum(visit - 1, 0)] != group[visit]))
+    @pl.when(_begins(group, visit))
     def _():
         total[...] = jnp.zeros_like(total)
 
-    @pl.when(stop - begin == tall)
-    def _():
-        total[...] += _dot(dy[...], x[...], (0, 0))
+    @_with_rows(begin, stop, tall)
+    def _(rows):
+        def mine(ref, columns):  # past the rows' end it holds anything, NaN included
+            keep = _between(begin, stop, rows, columns.size)
+            wide = ref[rows, columns].astype(jnp.float32)
+            return jnp.where(keep, wide, 0).astype(ref.dtype)
 
-    @pl.when(stop - begin < tall)
-    def _():
-        @pl.loop(begin // CHUNK, jnp.where(stop > begin, pl.cdiv(stop, CHUNK), 0))
-        def _(chunk):
-            rows = pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)
+        x_mine = mine(x, pl.ds(0, x.shape[1]))
 
-            def mine(ref):  # past the rows' end a block holds anything, NaN included
-                keep = _between(begin, stop, chunk, ref.shape[1])
-                wide = ref[rows].astype(jnp.float32)
-                return jnp.where(keep, wide, 0).astype(ref.dtype)
+        def add(start, strip: int) -> None:
+            here = pl.ds(start, strip)
+            total[here] += _dot(mine(dy, here), x_mine, (0, 0))
 
-            total[...] += _dot(mine(dy), mine(x), (0, 0))
+        strip = 2 * STRIP
+        whole, rest = divmod(dy.shape[1], strip)
+        pl.loop(0, whole)(lambda i: add(pl.multiple_of(i * strip, strip), strip))
+        if rest:
+            add(whole * strip, rest)
 
     if scratch:
 
