@@ -1,21 +1,16 @@
 """The face of the grouped matmul: what it computes, and who computes it where.
 
-Letters: M rows, K inner, N outer, G groups.
+Letters: M rows, K inner, N outer, G groups; D the model, F an expert.
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_reference
-from pallas_kernels.grouped_matmul import pallas_tpu, reference
-from pallas_kernels.grouped_matmul.padded import fits, padded
-from pallas_kernels.grouped_matmul.pallas_gpu import hopper
-from pallas_kernels.grouped_matmul.pallas_gpu import supports as hopper_supports
+from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
+from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
 
 
 def grouped_matmul(
@@ -51,147 +46,104 @@ def grouped_matmul(
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
         NotImplementedError: "tpu" was named and does not take these operands.
     """
-    _check(x_MK, w_GNK, sizes_G)
-    rows = x_MK.shape[0]
-    expected_rows = rows if expected_rows is None else expected_rows
-    if not 0 <= expected_rows <= rows:
-        raise ValueError(f"{expected_rows=} of {rows} rows")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        names = tuple(IMPLEMENTATIONS)
-        raise ValueError(f"{implementation=} is not one of {names}")
-    if implementation == "tpu" and not _tpu_supports(x_MK, w_GNK):
-        raise NotImplementedError(
-            f"no TPU kernel for {x_MK.shape=}, {w_GNK.shape=}, {x_MK.dtype=}: bfloat16 or "
-            "float32, K and N multiples of 128 whose tiles fit its memory"
-        )
+    expected_rows = _check(x_MK, w_GNK, sizes_G, implementation, expected_rows)
+    _check_tpu(x_MK, w_GNK, implementation, gated=False)
     return _product(x_MK, w_GNK, sizes_G, implementation, expected_rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x_MK, w_GNK, sizes_G, implementation, expected_rows):
-    """One gradient for all: each platform's branch would keep what its own needs."""
+def grouped_swiglu(
+    x_MD: Float[Array, "M D"],
+    gate_GFD: Float[Array, "G F D"],
+    up_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    *,
+    implementation: str | None = None,
+    expected_rows: int | None = None,
+) -> Float[Array, "M F"]:
+    """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T).
 
-    def on(one: Implementation) -> Callable:
-        return functools.partial(one.product, expected_rows=expected_rows)
-
-    w_GNK = w_GNK.astype(x_MK.dtype)
-    return _dispatch(implementation, x_MK, w_GNK, on, x_MK, w_GNK, sizes_G)
-
-
-def _product_forward(x_MK, w_GNK, sizes_G, implementation, expected_rows):
-    y_MN = _product(x_MK, w_GNK, sizes_G, implementation, expected_rows)
-    return y_MN, (x_MK, w_GNK, sizes_G)
-
-
-def _product_backward(implementation, expected_rows, saved, dy_MN):
-    x_MK, w_GNK, sizes_G = saved
-    dtype, w_GNK = w_GNK.dtype, w_GNK.astype(x_MK.dtype)
-
-    def on(one: Implementation) -> Callable:
-        return functools.partial(
-            one.gradients, dtype=dtype, expected_rows=expected_rows
+    Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU both
+    products are one kernel that reads `x` once. The gradient needs both products: they
+    are kept beside the result, but not where `jax.checkpoint` computes the result again.
+    """
+    expected_rows = _check(x_MD, gate_GFD, sizes_G, implementation, expected_rows)
+    if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
+        raise ValueError(
+            f"{gate_GFD.shape=} {gate_GFD.dtype=} and {up_GFD.shape=} {up_GFD.dtype=} "
+            "differ"
         )
+    _check_tpu(x_MD, gate_GFD, implementation, gated=True)
+    return _swiglu(x_MD, gate_GFD, up_GFD, sizes_G, implementation, expected_rows)
 
-    operands = (dy_MN, x_MK, w_GNK, sizes_G)
-    dx_MK, dw_GNK = _dispatch(implementation, x_MK, w_GNK, on, *operands)
-    return dx_MK, dw_GNK, None
+
+# One gradient for all implementations: if each platform's branch had its own, all would
+# keep what theirs needs.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x, w, sizes, implementation, expected_rows):
+    operands = (x, w.astype(x.dtype), sizes)
+    return dispatch(
+        implementation, "product", x, w, *operands, expected_rows=expected_rows
+    )
+
+
+def _product_forward(x, w, sizes, implementation, expected_rows):
+    return _product(x, w, sizes, implementation, expected_rows), (x, w, sizes)
+
+
+def _product_backward(implementation, expected_rows, saved, dy):
+    x, w, sizes = saved
+    operands = (dy, x, w.astype(x.dtype), sizes)
+    options = {"dtype": w.dtype, "expected_rows": expected_rows}
+    dx, dw = dispatch(implementation, "gradients", x, w, *operands, **options)
+    return dx, dw, None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-class Implementation(NamedTuple):
-    """Both take the keyword `expected_rows`, the second one `dtype` of dw, too."""
-
-    product: Callable  # x, w, sizes -> y
-    gradients: Callable  # dy, x, w, sizes -> dx, dw
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _swiglu(x, gate, up, sizes, implementation, expected_rows):
+    return _run_swiglu(x, gate, up, sizes, implementation, expected_rows, kept=False)
 
 
-def _derived(product: Callable) -> Implementation:
-    """From a function of x, w and sizes that JAX differentiates."""
-
-    def gradients(dy, x, w, sizes, *, dtype, expected_rows):
-        _, back = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
-        dx, dw = back(dy)
-        return dx, dw.astype(dtype)
-
-    def forward(x, w, sizes, *, expected_rows):
-        return product(x, w, sizes)
-
-    return Implementation(forward, gradients)
+def _run_swiglu(x, gate, up, sizes, implementation, expected_rows, *, kept):
+    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+    options = {"kept": kept, "expected_rows": expected_rows}
+    return dispatch(implementation, "swiglu", x, gate, *operands, **options)
 
 
-def _tpu_gradients(dy, x, w, sizes, *, dtype, expected_rows):
-    dx = pallas_tpu.row_gradient(dy, w, sizes, expected_rows=expected_rows)
-    dw = pallas_tpu.weight_gradient(
-        dy, x, sizes, dtype=dtype, expected_rows=expected_rows
+def _swiglu_forward(x, gate, up, sizes, implementation, expected_rows):
+    h, gated, lifted = _run_swiglu(
+        x, gate, up, sizes, implementation, expected_rows, kept=True
     )
-    return dx, dw
+    return h, (x, gate, up, sizes, gated, lifted)
 
 
-def _blocked_gradients(dy, x, w, sizes, *, dtype, expected_rows):
-    return reference.gradients(dy, x, w, sizes, dtype=dtype)
+def _swiglu_backward(implementation, expected_rows, saved, dh):
+    x, gate, up, sizes, gated, lifted = saved
 
+    def combine(gated, lifted):
+        return jax.nn.silu(gated) * lifted
 
-def ragged_dot(
-    x_MK: Float[Array, "M K"], w_GNK: Float[Array, "G N K"], sizes_G: Int[Array, " G"]
-) -> Float[Array, "M N"]:
-    """XLA's ragged product, with the surplus rows zeroed."""
-    y_MN = jax.lax.ragged_dot(
-        x_MK, w_GNK.swapaxes(1, 2), sizes_G, preferred_element_type=jnp.float32
+    wide = [a.astype(jnp.float32) for a in (gated, lifted, dh)]
+    _, back = jax.vjp(combine, *wide[:2])
+    dgated, dlifted = (a.astype(x.dtype) for a in back(wide[2]))
+    operands = (dgated, dlifted, x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+    options = {"dtype": gate.dtype, "expected_rows": expected_rows}
+    dx, dgate, dup = dispatch(
+        implementation, "swiglu_gradients", x, gate, *operands, **options
     )
-    real_M = jnp.arange(x_MK.shape[0]) < sizes_G.sum()
-    return jnp.where(real_M[:, None], y_MN, 0).astype(x_MK.dtype)
+    return dx, dgate, dup, None
 
 
-IMPLEMENTATIONS = {
-    "blocked": Implementation(_derived(reference.blocked).product, _blocked_gradients),
-    "hopper": _derived(hopper),
-    "padded": _derived(padded),
-    "ragged_dot": _derived(ragged_dot),
-    "tpu": Implementation(pallas_tpu.product, _tpu_gradients),
-}
+# Where `jax.checkpoint` runs the layer first, nothing but the result is written.
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward, optimize_remat=True)
 
 
-def _dispatch(
-    implementation: str | None,
-    x: Array,
-    w: Array,
-    on: Callable[[Implementation], Callable],
-    *operands: Array,
-):
-    """Runs `on` of the implementation named, or of the one for the platform that is
-    compiled for, which a process without that platform may do, too.
-    """
-    if implementation is not None:
-        return on(IMPLEMENTATIONS[implementation])(*operands)
-    return jax.lax.platform_dependent(
-        *operands,
-        tpu=on(IMPLEMENTATIONS[_on_tpu(x, w)]),
-        cuda=on(IMPLEMENTATIONS[_on_gpu(x, w)]),
-        default=on(IMPLEMENTATIONS["blocked"]),
-    )
-
-
-def _on_tpu(x: Array, w: Array) -> str:
-    if _tpu_supports(x, w):
-        return "tpu"
-    note_reference("grouped_matmul", "tpu")
-    return "ragged_dot"
-
-
-def _on_gpu(x: Array, w: Array) -> str:
-    if hopper_supports(x, w):
-        return "hopper"
-    note_reference("grouped_matmul", "gpu")
-    return "padded" if fits(x.shape[0], w) else "blocked"
-
-
-def _tpu_supports(x: Array, w: Array) -> bool:
-    return pallas_tpu.supports(x.shape[0], w.shape, x.dtype)
-
-
-def _check(x: Array, w: Array, sizes: Array) -> None:
+def _check(x, w, sizes, implementation, expected_rows) -> int:
+    """The expected rows, once the operands are seen to fit."""
     if x.ndim != 2 or w.ndim != 3 or sizes.ndim != 1:
         raise ValueError(
             f"ranks of {x.shape=}, {w.shape=}, {sizes.shape=}: not 2, 3, 1"
@@ -204,3 +156,21 @@ def _check(x: Array, w: Array, sizes: Array) -> None:
         raise ValueError(f"{x.dtype=} and {w.dtype=} differ")
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise ValueError(f"{sizes.dtype=} is no integer type")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        names = tuple(IMPLEMENTATIONS)
+        raise ValueError(f"{implementation=} is not one of {names}")
+    rows = x.shape[0]
+    expected_rows = rows if expected_rows is None else expected_rows
+    if not 0 <= expected_rows <= rows:
+        raise ValueError(f"{expected_rows=} of {rows} rows")
+    return expected_rows
+
+
+def _check_tpu(x, w, implementation, *, gated) -> None:
+    if implementation != "tpu":
+        return
+    if not tpu_supports(x.shape[0], w.shape, x.dtype, gated=gated):
+        raise NotImplementedError(
+            f"no TPU kernel for {x.shape=}, {w.shape=}, {x.dtype=}: bfloat16 or float32, "
+            "last axes that are multiples of 128, tiles that fit its memory"
+        )

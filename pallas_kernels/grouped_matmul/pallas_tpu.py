@@ -11,13 +11,12 @@ therefore stays in VMEM for all visits of its group and is read from HBM once, a
 output block is whole when its tile's last visit ends. A tile that is not all its group's
 is multiplied in chunks of rows, those that hold none of the group's left out.
 
-Letters: M rows, K inner, N outer, G groups; C the contracted axis (K or N), O the other
-one; V visits, T tiles, m rows of a tile, o columns of a tile.
+Letters: M rows, K inner, N outer, G groups; C the contracted axis, K or N, and O the
+other one; D the model, F an expert.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,175 +25,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-ROWS = 256  # rows of a tile: enough for each matrix tile that enters the systolic array
-CHUNK = 64  # rows multiplied at once in a tile that is not all its group's
-STRIP = 256  # columns of the output multiplied at once,
-DEPTH = 1024  # and of the contracted axis: loops bound the program's length
-LANES = 128
-# Bytes that the compiler lets a kernel have unless asked for more, by JAX's device kind.
-SCOPED_VMEM = {
-    "TPU v5 lite": 16 * 2**20,
-    "TPU v5": 16 * 2**20,
-    "TPU v6 lite": 32 * 2**20,
-    "TPU7x": 32 * 2**20,
-}
-RESERVED = 2**20  # of those, for what the compiler itself needs
-
-
-class Visits(NamedTuple):
-    """Which rows each visit multiplies with which matrix; prefetched to SMEM."""
-
-    group_V: Int[Array, " V"]
-    tile_V: Int[Array, " V"]
-    first_V: Int[Array, " V"]  # of the tile's rows, the group's: from
-    last_V: Int[Array, " V"]  # ... to; equal where there are none
-    end_2: Int[Array, " 2"]  # the last group and the last tile that hold rows
-
-
-def schedule(
-    sizes_G: Int[Array, " G"], *, rows: int, tile: int, empty: bool
-) -> tuple[Visits, Int[Array, ""]]:
-    """The visits in order of rows, and their number.
-
-    A group visits every tile it has rows in. Tiles of no group, past the sum of the
-    sizes, are visited once each in the name of group G, unless `empty`: then every
-    empty group has a visit instead. Sizes that claim more rows than there are end
-    with the rows.
-    """
-    groups = sizes_G.shape[0]
-    ends_G = jnp.minimum(jnp.cumsum(sizes_G.astype(jnp.int32)), rows)
-    begins_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
-    held_G = ends_G > begins_G
-    tiles_G = jnp.where(held_G, (ends_G - 1) // tile - begins_G // tile + 1, int(empty))
-    last_group = jnp.where(held_G, jnp.arange(groups), 0).max()
-    used = pl.cdiv(ends_G[-1], tile)  # tiles that hold rows
-    surplus = 0 if empty else pl.cdiv(rows, tile) - used
-
-    # One more group, for the surplus.
-    begins = jnp.append(begins_G, rows)
-    ends = jnp.append(ends_G, rows)
-    first_tiles = jnp.append(begins_G // tile, used)
-    counts = jnp.append(tiles_G, surplus)
-    visit_ends = jnp.cumsum(counts)
-
-    visit_V = jnp.arange(pl.cdiv(rows, tile) + groups, dtype=jnp.int32)
-    group_V = (visit_V[:, None] >= visit_ends).sum(axis=1, dtype=jnp.int32)
-    group_V = jnp.minimum(group_V, groups)  # past the last visit
-    number_V = visit_V - (visit_ends - counts)[group_V]
-    tile_V = first_tiles[group_V] + number_V
-    first_V = jnp.clip(begins[group_V] - tile_V * tile, 0, tile)
-    last_V = jnp.clip(ends[group_V] - tile_V * tile, 0, tile)
-    end_2 = jnp.stack([last_group, jnp.maximum(used - 1, 0)]).astype(jnp.int32)
-    return Visits(group_V, tile_V, first_V, last_V, end_2), visit_ends[-1]
-
-
-class Tiles(NamedTuple):
-    """Sizes of one kernel's tiles."""
-
-    rows: int
-    columns: int  # of the output
-    across: int = 0  # `_outer` alone: the output's other axis
-
-
-def scoped_vmem() -> int:
-    """Bytes a kernel may use on the chip that a mesh around names, else on any chip."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    smallest = min(SCOPED_VMEM.values())
-    return SCOPED_VMEM.get(device.device_kind, smallest) if device else smallest
-
-
-# Both operands of a step have the whole contracted axis in VMEM, each twice: a block is
-# multiplied while the next one arrives. Rows and columns are left to choose. A matrix is
-# read once whatever they are, x once for every tile of columns, so that each element of
-# x read is worth `columns` products: the widest tile that fits is the best. In 16 MiB:
-#
-#   bfloat16        contracted  out    rows x columns
-#   V3 gate, up     7168        2048   256 x 256
-#   V3 down         2048        7168   256 x 1024
-#   V2 gate, up     5120        1536   256 x 384
-#   V2-Lite gate    2048        1408   256 x 768, the last 640 wide
-
-
-def row_tiles(
-    rows: int, contracted: int, out: int, bytes_each: int, *, matrices: int = 1
-) -> Tiles | None:
-    """Tiles of `_rows`; None where the smallest does not fit."""
-    for tall, least in [(ROWS, 256), (128, 256), (ROWS, 128), (128, 128), (64, 128)]:
-        tall = min(tall, pl.cdiv(rows, CHUNK) * CHUNK)
-        fixed, column = _row_tile_bytes(tall, contracted, bytes_each, matrices)
-        most = (scoped_vmem() - RESERVED - fixed) // column // LANES
-        if most * LANES >= min(least, out):
-            return Tiles(tall, LANES * _cut(out // LANES, most))
-    return None
-
-
-def _row_tile_bytes(
-    tall: int, contracted: int, bytes_each: int, matrices: int
-) -> tuple[int, int]:
-    """VMEM of `_rows`: bytes whatever the columns, and bytes a column."""
-    sums = 2 * tall * STRIP * 4  # float32, before and after an addition
-    lhs = 2 * tall * contracted * bytes_each
-    matrix = 2 * contracted * bytes_each
-    out = 2 * tall * bytes_each
-    return lhs + matrices * sums, matrices * (matrix + out)
-
-
-def _cut(whole: int, most: int) -> int:
-    """Parts of at most `most`, at least two where possible: a chip may have two cores.
-
-    Equal ones, unless those would be less than half of what fits.
-    """
-    most = max(min(most, pl.cdiv(whole, 2)), 1)
-    equal = max(part for part in range(1, most + 1) if whole % part == 0)
-    return equal if 2 * equal >= most else pl.cdiv(whole, pl.cdiv(whole, most))
-
-
-def outer_tiles(
-    rows: int, N: int, K: int, bytes_each: int, out_bytes: int
-) -> Tiles | None:
-    """Tiles of `_outer`: an output block of n x k reads every row of dy and x for n k
-    products, so the squarest that fit.
-    """
-    tall = min(ROWS, pl.cdiv(rows, CHUNK) * CHUNK)
-    fits = [
-        Tiles(tall, n, k)
-        for n in _divisors(N)
-        for k in _divisors(K)
-        if _outer_tile_bytes(tall, n, k, bytes_each, out_bytes)
-        <= scoped_vmem() - RESERVED
-    ]
-    return min(fits, key=lambda t: 1 / t.columns + 1 / t.across, default=None)
-
-
-def _outer_tile_bytes(
-    tall: int, n: int, k: int, bytes_each: int, out_bytes: int
-) -> int:
-    operands = 2 * tall * (n + k) * bytes_each
-    total = 2 * 4 * n * k  # float32: what is summed up, and the sum before
-    return operands + 2 * n * k * out_bytes + (total if out_bytes < 4 else total // 2)
-
-
-def _divisors(size: int) -> list[int]:
-    """The multiples of a lane's width that divide `size`."""
-    return [part for part in range(LANES, size + 1, LANES) if size % part == 0]
-
-
-def supports(
-    rows: int, shape: tuple[int, int, int], dtype, *, matrices: int = 1
-) -> bool:
-    """Whether the kernels take x [rows, K] and `matrices` w of `shape` [G, N, K]."""
-    G, N, K = shape
-    if not rows or not G or N % LANES or K % LANES:
-        return False
-    if dtype not in (jnp.bfloat16, jnp.float32):
-        return False
-    each = jnp.dtype(dtype).itemsize
-    return None not in (
-        row_tiles(rows, K, N, each, matrices=matrices),
-        row_tiles(rows, N, K, each, matrices=matrices),
-        outer_tiles(rows, N, K, each, 4),
-    )
-
+from pallas_kernels.grouped_matmul.tiles_tpu import (
+    CHUNK,
+    DEPTH,
+    LANES,
+    STRIP,
+    Tiles,
+    outer_tiles,
+    row_tiles,
+    schedule,
+)
 
 # What the api calls.
 
@@ -207,7 +47,7 @@ def product(
     expected_rows: int,
 ) -> Float[Array, "M N"]:
     """x[m] @ w[group of m].T"""
-    (y_MN,) = _rows((x_MK,), (w_GNK,), sizes_G, expected_rows, _alone, turned=True)
+    (y_MN,) = _rows((x_MK,), (w_GNK,), sizes_G, expected_rows, _alone, 1, turned=True)
     return y_MN
 
 
@@ -219,7 +59,9 @@ def row_gradient(
     expected_rows: int,
 ) -> Float[Array, "M K"]:
     """dy[m] @ w[group of m]"""
-    (dx_MK,) = _rows((dy_MN,), (w_GNK,), sizes_G, expected_rows, _alone, turned=False)
+    (dx_MK,) = _rows(
+        (dy_MN,), (w_GNK,), sizes_G, expected_rows, _alone, 1, turned=False
+    )
     return dx_MK
 
 
@@ -235,8 +77,62 @@ def weight_gradient(
     return _outer(dy_MN, x_MK, sizes_G, expected_rows, dtype)
 
 
+def swiglu(
+    x_MD: Float[Array, "M D"],
+    gate_GFD: Float[Array, "G F D"],
+    up_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    *,
+    expected_rows: int,
+) -> Float[Array, "M F"]:
+    """silu(x @ gate.T) * (x @ up.T), x read once for both products."""
+    w = (gate_GFD, up_GFD)
+    (h_MF,) = _rows((x_MD,), w, sizes_G, expected_rows, _gated, 1, turned=True)
+    return h_MF
+
+
+def swiglu_kept(
+    x_MD: Float[Array, "M D"],
+    gate_GFD: Float[Array, "G F D"],
+    up_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    *,
+    expected_rows: int,
+) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M F"]]:
+    """`swiglu` with x @ gate.T and x @ up.T beside it, for the gradient."""
+
+    def combine(gate, up):
+        return *_gated(gate, up), gate, up
+
+    w = (gate_GFD, up_GFD)
+    return _rows((x_MD,), w, sizes_G, expected_rows, combine, 3, turned=True)
+
+
+def swiglu_row_gradient(
+    dgate_MF: Float[Array, "M F"],
+    dup_MF: Float[Array, "M F"],
+    gate_GFD: Float[Array, "G F D"],
+    up_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    *,
+    expected_rows: int,
+) -> Float[Array, "M D"]:
+    """dgate @ gate + dup @ up, of each row's group, added up in float32."""
+
+    def combine(a, b):
+        return (a + b,)
+
+    dy, w = (dgate_MF, dup_MF), (gate_GFD, up_GFD)
+    (dx_MD,) = _rows(dy, w, sizes_G, expected_rows, combine, 1, turned=False)
+    return dx_MD
+
+
 def _alone(y):
     return (y,)
+
+
+def _gated(gate, up):
+    return (jax.nn.silu(gate) * up,)
 
 
 # Rows times matrices.
@@ -248,6 +144,7 @@ def _rows(
     sizes_G: Array,
     expected_rows: int,
     combine: Callable[..., tuple[Array, ...]],
+    outputs: int,
     *,
     turned: bool,
 ) -> tuple[Array, ...]:
@@ -258,8 +155,8 @@ def _rows(
     (rows, contracted), dtype = lhs[0].shape, lhs[0].dtype
     groups, out = matrices[0].shape[0], matrices[0].shape[1 if turned else 2]
     each = dtype.itemsize
-    tiles = row_tiles(rows, contracted, out, each, matrices=len(matrices))
-    outputs = len(combine(*[0.0] * len(matrices)))
+    counts = {"lhs": len(lhs), "matrices": len(matrices), "outputs": outputs}
+    tiles = row_tiles(rows, contracted, out, each, **counts)
     visits, count = schedule(sizes_G, rows=rows, tile=tiles.rows, empty=False)
     columns = pl.cdiv(out, tiles.columns)
     kernel = functools.partial(
@@ -292,7 +189,7 @@ def _rows(
                 + len(matrices) * min(groups, expected_rows) * contracted * out
                 + outputs * expected_rows * out
             ),
-            transcendentals=0,
+            transcendentals=0 if len(matrices) == 1 else expected_rows * out,
         ),
     )(*visits, *lhs, *matrices)
 
