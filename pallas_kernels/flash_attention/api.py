@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -170,7 +171,7 @@ def _on_each_device(run: Callable, q_BTKGH: Array, visible: Visible, results: st
     keys (k).
     """
     sharding = jax.typeof(q_BTKGH).sharding
-    if sharding.mesh.empty:
+    if AxisType.Explicit not in sharding.mesh.axis_types:
         return run
     batch, _, heads, *_ = sharding.spec
     cuts = {"q": P(batch, None, heads, None, None), "k": P(batch, None, heads, None)}
