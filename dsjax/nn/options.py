@@ -16,6 +16,7 @@ from jaxtyping import Array
 from dsjax.nn.weights import filled, weight
 from dsjax.sharding import Sharding
 from pallas_kernels.flash_attention import api as flash_attention
+from pallas_kernels.grouped_matmul import api as grouped_matmul
 
 _KEPT = "kept"
 COPIES = ("convert_element_type", "optimization_barrier", "reshard")
@@ -67,7 +68,8 @@ class Remat(enum.Enum):
             case Remat.FULL:
                 policy = policies.nothing_saveable
             case Remat.V3:
-                policy = policies.save_only_these_names(_KEPT, flash_attention.KEPT)
+                names = _KEPT, flash_attention.KEPT, grouped_matmul.KEPT
+                policy = policies.save_only_these_names(*names)
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 

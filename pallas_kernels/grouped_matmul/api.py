@@ -7,10 +7,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
 from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+
+KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
 
 
 def grouped_matmul(
@@ -115,20 +118,24 @@ def _run_swiglu(x, gate, up, sizes, implementation, expected_rows, *, kept):
 
 
 def _swiglu_forward(x, gate, up, sizes, implementation, expected_rows):
-    h, gated, lifted = _run_swiglu(
+    _, *products = _run_swiglu(
         x, gate, up, sizes, implementation, expected_rows, kept=True
     )
-    return h, (x, gate, up, sizes, gated, lifted)
+    products = [checkpoint_name(product, KEPT) for product in products]
+    # From what is kept: where that is found again, no product is computed again.
+    h = _combine(*(product.astype(jnp.float32) for product in products))
+    return h.astype(x.dtype), (x, gate, up, sizes, *products)
+
+
+def _combine(gated, lifted):
+    return jax.nn.silu(gated) * lifted
 
 
 def _swiglu_backward(implementation, expected_rows, saved, dh):
     x, gate, up, sizes, gated, lifted = saved
 
-    def combine(gated, lifted):
-        return jax.nn.silu(gated) * lifted
-
     wide = [a.astype(jnp.float32) for a in (gated, lifted, dh)]
-    _, back = jax.vjp(combine, *wide[:2])
+    _, back = jax.vjp(_combine, *wide[:2])
     dgated, dlifted = (a.astype(x.dtype) for a in back(wide[2]))
     operands = (dgated, dlifted, x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
     options = {"dtype": gate.dtype, "expected_rows": expected_rows}
