@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dsjax.nn.options import Build, keep
-from dsjax.nn.weights import batch_axes, use
+from dsjax.nn.weights import batch_axes, facing, use
 
 
 class SwiGlu(nnx.Module):
@@ -21,12 +21,14 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Same shape and dtype as `x`."""
-        gate_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, use(self.gate_FD, self.dtype))
-        up_BTF = jnp.einsum("BTD,FD->BTF", x_BTD, use(self.up_FD, self.dtype))
-        gate_BTF, up_BTF = keep(gate_BTF), keep(up_BTF)
+        rows = P(batch_axes(x_BTD), None, None)
+        gate_FD, up_FD = use(self.gate_FD, self.dtype), use(self.up_FD, self.dtype)
+        x_BTD = facing(x_BTD, gate_FD)
+        gate_BTF = keep(jnp.einsum("BTD,FD->BTF", x_BTD, gate_FD))
+        up_BTF = keep(jnp.einsum("BTD,FD->BTF", x_BTD, up_FD))
         return jnp.einsum(
             "BTF,DF->BTD",
             jax.nn.silu(gate_BTF) * up_BTF,
             use(self.down_DF, self.dtype),
-            out_sharding=P(batch_axes(x_BTD), None, None),
+            out_sharding=rows,
         )

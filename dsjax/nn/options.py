@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +95,13 @@ class Build:
 
     def weight(self, shape: tuple[int, ...], spec: P) -> nnx.Param:
         """A normal(0, std) weight. `spec` tells how one layer's array rests."""
-        return weight(
-            self.rngs, shape, spec=spec, std=self.std, dtype=self.precision.params
-        )
+        return weight(self.rngs, shape, spec=spec, std=self.std, **self._resting)
 
     def filled(self, shape: tuple[int, ...], value: float, spec: P) -> nnx.Param:
         """A constant weight."""
-        return filled(shape, value, spec=spec, dtype=self.precision.params)
+        return filled(shape, value, spec=spec, **self._resting)
+
+    @property
+    def _resting(self) -> dict[str, Any]:
+        storage = self.sharding.storage
+        return {"storage": storage, "dtype": self.precision.params}

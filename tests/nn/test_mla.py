@@ -36,9 +36,9 @@ def test_absorbed_equals_expanded(mesh, rng, q_rank, scaling):
     mla = attention(q_rank, scaling)
     x = jnp.asarray(rng.standard_normal((2, 20, D)), jnp.float32)
     context = Context(positions_BT=jnp.broadcast_to(jnp.arange(20), (2, 20)))
-    q, latents = mla.queries(x, context), mla.latents(x, context)
-    expanded = mla.expanded(*q, *latents, context.sight())
-    absorbed = mla.absorbed(*q, *latents, context.sight())
+    q, latents = mla.queries(x), mla.latents(x, context)
+    expanded = mla.expanded(*q, *latents, context)
+    absorbed = mla.absorbed(*q, *latents, context)
     assert expanded.std() > 0.3
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)
 
