@@ -77,7 +77,7 @@ class Collectives:
             for value, result in zip(op.inputs, op.outputs):
                 if value in self.waiting:
                     self.waiting[result] = self.waiting[value]
-        else:
+        elif not self._added(op):
             for value in op.inputs:
                 self._whole(value)
             if op.name in NAMED:
@@ -93,6 +93,21 @@ class Collectives:
         for waiting in self.waiting.values():  # nobody looked at these
             self._decide(waiting)
         return dict(self.sent)
+
+    def _added(self, op: Op) -> bool:
+        """Whether the operation adds two sums that wait for the same: they wait as one."""
+        if op.name not in ("add", "add_any"):
+            return False
+        pair = [self.waiting.get(value) for value in op.inputs]
+        if None in pair or pair[0].axes != pair[1].axes or pair[0] is pair[1]:
+            return False
+        if any(waiting.decided for waiting in pair):
+            return False
+        for waiting in pair:
+            waiting.decided = True
+        (result,) = op.outputs
+        self.waiting[result] = _Sum(pair[0].axes, max(w.bytes for w in pair))
+        return True
 
     def _named(self, op: Op) -> None:
         named = op.params.get("axes", op.params.get("axis_name"))

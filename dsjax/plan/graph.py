@@ -36,7 +36,6 @@ class Value:
     spec: Spec = ()
     auto: bool = False
     unreduced: frozenset[str] = frozenset()
-    constant: bool = False
 
     @property
     def size(self) -> int:
@@ -78,8 +77,7 @@ def graph(closed: ClosedJaxpr, *, platform: str) -> Block:
     """The program of one device on `platform` ("tpu", "cuda"), dead operations left
     out.
     """
-    builder = _Builder(platform)
-    block = builder.block(closed)
+    block = _merged(_Builder(platform).block(closed))
     return _alive(block, [True] * len(block.outputs))[0]
 
 
@@ -88,6 +86,7 @@ class _Builder:
     platform: str
     ops: list[Op] = field(default_factory=list)
     branches: dict[Value, int] = field(default_factory=dict)  # chosen by the platform
+    constants: dict[tuple[str, str], Value] = field(default_factory=dict)
 
     def block(
         self,
@@ -97,7 +96,9 @@ class _Builder:
     ) -> Block:
         """A body of its own: its inputs are new values, which stand for those outside."""
         jaxpr = closed.jaxpr if isinstance(closed, ClosedJaxpr) else closed
-        inner = _Builder(self.platform, branches=self.branches)
+        inner = _Builder(
+            self.platform, branches=self.branches, constants=self.constants
+        )
         inputs = tuple(_value(var.aval) for var in jaxpr.invars)
         for outer, own in zip(outside, inputs):
             self.same(outer, own)
@@ -121,7 +122,8 @@ class _Builder:
 
         def read(atom) -> Value:
             if isinstance(atom, Literal):
-                return _value(atom.aval, constant=True)
+                key = (str(atom.aval), str(atom.val))
+                return self.constants.setdefault(key, _value(atom.aval))
             return known[atom]
 
         for eqn in jaxpr.eqns:
@@ -176,7 +178,7 @@ class _Builder:
         )
 
 
-def _value(aval, inputs: Sequence[Value] = (), *, constant: bool = False) -> Value:
+def _value(aval, inputs: Sequence[Value] = ()) -> Value:
     """One device's part of an abstract value; what is no array has no size."""
     if not isinstance(aval, jax.core.ShapedArray):
         return Value(shape=(0,), whole=(0,), itemsize=0)
@@ -199,7 +201,6 @@ def _value(aval, inputs: Sequence[Value] = (), *, constant: bool = False) -> Val
         spec=spec,
         auto=auto,
         unreduced=frozenset(axis for axis in unreduced if sizes[axis] > 1),
-        constant=constant,
     )
 
 
@@ -232,6 +233,33 @@ def _called(params: dict[str, Any]) -> ClosedJaxpr | Jaxpr | None:
         if isinstance(params.get(key), ClosedJaxpr | Jaxpr):
             return params[key]
     return None
+
+
+def _merged(block: Block) -> Block:
+    """The block with equal operations on equal operands done once, as XLA does it: it
+    takes back what is computed again outside of loops.
+    """
+    first: dict[tuple, Op] = {}
+    same: dict[Value, Value] = {}
+    ops = []
+    for op in block.ops:
+        inputs = tuple(same.get(value, value) for value in op.inputs)
+        bodies = tuple(map(_merged, op.bodies))
+        op = replace(op, inputs=inputs, bodies=bodies)
+        known = op if bodies else first.setdefault(_key(op), op)
+        if known is op:
+            ops.append(op)
+        else:
+            same |= zip(op.outputs, known.outputs)
+    outputs = tuple(same.get(value, value) for value in block.outputs)
+    return Block(inputs=block.inputs, ops=tuple(ops), outputs=outputs)
+
+
+def _key(op: Op) -> tuple:
+    """Equal for equal operations."""
+    operands = tuple(map(id, op.inputs))
+    places = tuple((value.whole, value.itemsize, value.spec) for value in op.outputs)
+    return op.name, repr(sorted(op.params.items(), key=str)), operands, places
 
 
 def _alive(block: Block, wanted: Sequence[bool]) -> tuple[Block, list[bool]]:
