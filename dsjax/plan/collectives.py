@@ -7,9 +7,11 @@ and result of a ragged all-to-all (what is sent depends on the data, the buffer 
 What a layout implies is what XLA makes of it. A product over a cut dimension leaves
 partial sums: they are reduced where they arise, so that all devices have the whole. If
 the next thing is to cut the sum along the same axis, XLA makes a reduce-scatter of both;
-it does not where more than one axis is summed over.
+it does not where more than one axis is summed over. A sum that is then rounded to a
+narrower type is sent in that.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ NAMED = {
     "ppermute": PERMUTE,
     "ragged_all_to_all": RAGGED_ALL_TO_ALL,
 }
+LANES = 128
 REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or")
 # Behind these a sum still waits for the cut that makes a reduce-scatter of it.
 PASS = (
@@ -76,7 +79,9 @@ class Collectives:
         elif op.name in PASS:
             for value, result in zip(op.inputs, op.outputs):
                 if value in self.waiting:
-                    self.waiting[result] = self.waiting[value]
+                    waiting = self.waiting[result] = self.waiting[value]
+                    if op.name == "convert_element_type":
+                        waiting.bytes = min(waiting.bytes, result.bytes)
         elif not self._added(op):
             for value in op.inputs:
                 self._whole(value)
@@ -123,7 +128,7 @@ class Collectives:
             case kind if kind == ALL_GATHER:
                 size = sum(value.bytes for value in op.outputs)
             case kind if kind == RAGGED_ALL_TO_ALL:
-                size = min(value.bytes for value in op.inputs[:2])
+                size = min(_in_lanes(value) for value in op.inputs[:2])
             case kind:
                 size = sum(value.bytes for value in op.inputs)
         self._send(kind, axes, size)
@@ -195,6 +200,12 @@ class Collectives:
             self.sent[kind, ordered] += size
 
 
+def _in_lanes(value: Value) -> int:
+    """Bytes of rows that the TPU pads to its 128 lanes before it sends them."""
+    *rows, width = value.shape
+    return math.prod(rows) * -(-width // LANES) * LANES * value.itemsize
+
+
 def summed_over(op: Op) -> frozenset[str]:
     """The mesh axes along which an operation leaves partial sums."""
     if op.name in ("dot_general", "ragged_dot_general"):
@@ -204,7 +215,8 @@ def summed_over(op: Op) -> frozenset[str]:
         return frozenset(a for dim in op.params["axes"] for a in value.spec[dim])
     if op.name.startswith("scatter") and len(op.inputs) == 3:
         operand, _, updates = op.inputs
-        return frozenset(updates.axes - operand.axes)
+        (result,) = op.outputs
+        return frozenset(updates.axes - operand.axes - result.axes)
     return frozenset()
 
 

@@ -205,12 +205,19 @@ def _value(aval, inputs: Sequence[Value] = ()) -> Value:
 
 
 def _like(shape: tuple[int, ...], inputs: Sequence[Value]) -> Spec:
-    """Where the compiler chooses: cut as an operand is whose leading sizes are these."""
+    """Where the compiler chooses: cut as operands are whose first sizes, or last, are
+    the result's.
+    """
+    spec = [()] * len(shape)
     for value in inputs:
-        cut = max((i + 1 for i, axes in enumerate(value.spec) if axes), default=0)
-        if cut and value.whole[:cut] == shape[:cut]:
-            return value.spec[:cut]
-    return ()
+        cuts = [place for place, axes in enumerate(value.spec) if axes]
+        if cuts and value.whole[: cuts[0] + 1] == shape[: cuts[0] + 1]:
+            spec[cuts[0]] = spec[cuts[0]] or value.spec[cuts[0]]
+        if cuts and cuts[-1] > 0:
+            after = len(value.whole) - cuts[-1]
+            if value.whole[-after:] == shape[-after:]:
+                spec[-after] = spec[-after] or value.spec[-after]
+    return tuple(spec)
 
 
 def _axes(entry: str | tuple[str, ...] | None, sizes: dict[str, int]):

@@ -38,6 +38,10 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.-]+)")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_MESH = re.compile(
+    rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}"
+)
 _NAMES = re.compile(r"%([\w.-]+)")
 
 
@@ -197,18 +201,18 @@ class _Reader:
 
 def groups(attributes: str, devices: int) -> Iterator[list[int]]:
     """The groups of devices that a line's `replica_groups` writes in one of its forms:
-    {{0,1},{2,3}}, [2,2]<=[4], [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2] {'b'}.
+    {{0,1},{2,3}}, [2,2]<=[4], [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2] {'b'}, and the last
+    with the order of its devices, mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}.
     """
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](T\([\d,]+\))?", attributes):
+    if found := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", attributes):
         count, size, shape, turned = found.groups()
-        numbers = np.arange(int(count) * int(size)).reshape(_integers(shape))
-        if turned:
-            numbers = numbers.transpose(_integers(turned[2:-1]))
-        yield from numbers.reshape(int(count), int(size)).tolist()
-    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        numbers = _iota(shape, turned).reshape(int(count), int(size))
+        yield from numbers.tolist()
+    elif found := _MESH.search(attributes):
         names = re.findall(r"'([^']+)'=(\d+)", found[1])
-        spanned = re.findall(r"'([^']+)'", found[2])
-        numbers = np.arange(devices).reshape([int(size) for _, size in names])
+        spanned = re.findall(r"'([^']+)'", found[4])
+        numbers = _iota(found[2] or str(devices), found[3])
+        numbers = numbers.reshape([int(size) for _, size in names])
         across = [i for i, (name, _) in enumerate(names) if name in spanned]
         numbers = np.moveaxis(numbers, across, range(-len(across), 0))
         size = math.prod(numbers.shape[-len(across) :])
@@ -218,6 +222,13 @@ def groups(attributes: str, devices: int) -> Iterator[list[int]]:
             yield list(_integers(group))
     else:
         yield list(range(devices))
+
+
+def _iota(shape: str, turned: str | None) -> np.ndarray:
+    """0, 1, 2, ... in `shape`, its dimensions permuted."""
+    sizes = _integers(shape)
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose(_integers(turned)) if turned else numbers
 
 
 def _result(line: Instruction, kind: str) -> str:

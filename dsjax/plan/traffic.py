@@ -45,7 +45,7 @@ REDUCTIONS = ("reduce_", "arg", "cum")
 def traffic(block: Block, *, fraction: Callable[[Op], float]) -> float:
     """Bytes of one run of the block, without those of the loops and branches in it.
 
-    `fraction`: the part of an operation's buffers that it touches.
+    `fraction`: the part of a grouped product's rows that are there.
     """
     return _Traffic(fraction).of(block)
 
@@ -111,10 +111,25 @@ class _Traffic:
             self.moved += estimate.bytes_accessed - results
         elif op.name == "gather":
             self.moved += op.outputs[0].bytes + op.inputs[1].bytes
+        elif op.name == "ragged_dot_general":
+            self.moved += self._grouped(op)
         else:
-            read = sum(value.bytes for value in set(map(self._root, op.inputs)))
-            self.moved += read * self.fraction(op)
+            self.moved += sum(v.bytes for v in set(map(self._root, op.inputs)))
         self.stored |= set(map(self._root, op.inputs))
+
+    def _grouped(self, op: Op) -> float:
+        """What a grouped product reads: the rows that are there, and the matrices of
+        groups that have any, if the rows choose evenly.
+        """
+        rows, other, _ = op.inputs
+        numbers = op.params["ragged_dot_dimension_numbers"]
+        filled = self.fraction(op)
+        if not (dims := numbers.rhs_group_dimensions):  # rows times rows
+            return filled * (rows.bytes + other.bytes)
+        count = other.shape[dims[0]]
+        choices = filled * rows.shape[numbers.lhs_ragged_dimensions[0]]
+        missed = (1 - 1 / count) ** choices
+        return filled * rows.bytes + (1 - missed) * other.bytes
 
     def _updates(self, op: Op, update: Value) -> None:
         self.moved += 2 * update.bytes  # read the update, write it
