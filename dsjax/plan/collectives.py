@@ -58,6 +58,7 @@ class _Sum:
 
     axes: frozenset[str]
     bytes: int
+    named: bool = False  # by the program, not implied by a layout
     decided: bool = False
 
 
@@ -80,8 +81,10 @@ class Collectives:
             for value, result in zip(op.inputs, op.outputs):
                 if value in self.waiting:
                     waiting = self.waiting[result] = self.waiting[value]
-                    if op.name == "convert_element_type":
-                        waiting.bytes = min(waiting.bytes, result.bytes)
+                    if result.itemsize < value.itemsize and not waiting.decided:
+                        waiting.bytes = (
+                            waiting.bytes * result.itemsize // value.itemsize
+                        )
         elif not self._added(op):
             for value in op.inputs:
                 self._whole(value)
@@ -100,13 +103,15 @@ class Collectives:
         return dict(self.sent)
 
     def _added(self, op: Op) -> bool:
-        """Whether the operation adds two sums that wait for the same: they wait as one."""
+        """Whether the operation adds two implied sums that wait for the same: they
+        wait as one.
+        """
         if op.name not in ("add", "add_any"):
             return False
         pair = [self.waiting.get(value) for value in op.inputs]
         if None in pair or pair[0].axes != pair[1].axes or pair[0] is pair[1]:
             return False
-        if any(waiting.decided for waiting in pair):
+        if any(waiting.decided or waiting.named for waiting in pair):
             return False
         for waiting in pair:
             waiting.decided = True
@@ -123,7 +128,7 @@ class Collectives:
         match NAMED[op.name]:
             case kind if kind == ALL_REDUCE:
                 for value, result in zip(op.inputs, op.outputs):
-                    self.waiting[result] = _Sum(axes, value.bytes)
+                    self.waiting[result] = _Sum(axes, value.bytes, named=True)
                 return
             case kind if kind == ALL_GATHER:
                 size = sum(value.bytes for value in op.outputs)
@@ -131,6 +136,8 @@ class Collectives:
                 size = min(_in_lanes(value) for value in op.inputs[:2])
             case kind:
                 size = sum(value.bytes for value in op.inputs)
+        if kind == REDUCE_SCATTER and _thin(op):
+            kind = ALL_REDUCE
         self._send(kind, axes, size)
 
     def _partial(self, result: Value, summed: frozenset[str]) -> None:
@@ -198,6 +205,13 @@ class Collectives:
         ordered = tuple(axis for axis in self.sizes if axis in set(axes))
         if ordered:
             self.sent[kind, ordered] += size
+
+
+def _thin(op: Op) -> bool:
+    """Whether a cut leaves less than whole lanes: XLA sends the sum to all instead."""
+    (result,) = op.outputs
+    last = op.params["scatter_dimension"] == len(result.shape) - 1
+    return last and result.shape[-1] % LANES != 0
 
 
 def _in_lanes(value: Value) -> int:

@@ -263,5 +263,3 @@ def _number(line: Instruction) -> int:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",") if number)
-
-

@@ -73,10 +73,11 @@ def rank(
     *,
     compiles: int,
     enough: int,
+    look: Callable | None = None,
     note: Callable[[str, dict[str, int]], object],
 ) -> Ranking:
     """Estimates all candidates, then compiles the most promising: at most `compiles`, or
-    until `enough` of them fit.
+    until `enough` of them fit. `look` is called with each that does.
 
     `note(what, mesh)` gives a context manager around each step that takes long. Raises
     UserError if no mesh is possible.
@@ -99,7 +100,7 @@ def rank(
             break
         plan = open_.pop(0)
         with note("compiling", plan.sizes):
-            compiled.append(compile(plan))
+            compiled.append(compile(plan, look=look))
     compiled.sort(key=lambda plan: (not plan.fits, plan.roofline.bound))
     return Ranking(
         compiled=tuple(compiled),
