@@ -58,7 +58,7 @@ class _Sum:
 
     axes: frozenset[str]
     bytes: int
-    named: bool = False  # by the program, not implied by a layout
+    rounded: bool = False
     decided: bool = False
 
 
@@ -82,9 +82,8 @@ class Collectives:
                 if value in self.waiting:
                     waiting = self.waiting[result] = self.waiting[value]
                     if result.itemsize < value.itemsize and not waiting.decided:
-                        waiting.bytes = (
-                            waiting.bytes * result.itemsize // value.itemsize
-                        )
+                        size = waiting.bytes * result.itemsize // value.itemsize
+                        waiting.bytes, waiting.rounded = size, True
         elif not self._added(op):
             for value in op.inputs:
                 self._whole(value)
@@ -103,15 +102,15 @@ class Collectives:
         return dict(self.sent)
 
     def _added(self, op: Op) -> bool:
-        """Whether the operation adds two implied sums that wait for the same: they
-        wait as one.
+        """Whether the operation adds two sums that wait for the same, and nothing
+        was done to them yet: they wait as one.
         """
         if op.name not in ("add", "add_any"):
             return False
         pair = [self.waiting.get(value) for value in op.inputs]
         if None in pair or pair[0].axes != pair[1].axes or pair[0] is pair[1]:
             return False
-        if any(waiting.decided or waiting.named for waiting in pair):
+        if any(waiting.decided or waiting.rounded for waiting in pair):
             return False
         for waiting in pair:
             waiting.decided = True
@@ -128,7 +127,7 @@ class Collectives:
         match NAMED[op.name]:
             case kind if kind == ALL_REDUCE:
                 for value, result in zip(op.inputs, op.outputs):
-                    self.waiting[result] = _Sum(axes, value.bytes, named=True)
+                    self.waiting[result] = _Sum(axes, value.bytes)
                 return
             case kind if kind == ALL_GATHER:
                 size = sum(value.bytes for value in op.outputs)
