@@ -35,8 +35,8 @@ class Sharding:
     feed-forward width, M two times D, B batch, T length.
     """
 
-    embedding_VD: P = P(REST, "tensor")
-    head_VD: P = P("tensor", REST)
+    embedding_VD: P = P(("tensor", "fsdp"), "expert")
+    head_VD: P = P(("tensor", "fsdp"), "expert")
     norm: P = P()
     q_KGHD: P = P("tensor", None, None, REST)
     kv_KHD: P = P("tensor", None, REST)

@@ -30,7 +30,7 @@ from dsjax.nn.rows import (
 )
 from dsjax.nn.weights import batch_axes, use
 from dsjax.sharding import axes_of
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 
 Weights = tuple[Array, Array, Array]  # gate [E, F, D], up [E, F, D], down [E, D, F]
 
@@ -125,45 +125,23 @@ def apply_experts(
     M, R = most or N * k, min(k, E)
     expert_Nk = jnp.where((chosen_Nk >= 0) & (chosen_Nk < E), chosen_Nk, E)
     sizes_E = keep(count(expert_Nk, E))
-    place_Nk = keep(sorted_places(expert_Nk.reshape(-1), E, nowhere=M).reshape(N, k))
-    place_NR = keep(first_places(place_Nk, R, nowhere=M))
+    place_Nk = sorted_places(expert_Nk.reshape(-1), E, nowhere=M).reshape(N, k)
+    place_Nk = keep(place_Nk)
+    place_NR = first_places(place_Nk, R, nowhere=M)
     choice_M = keep(inverse(place_Nk.reshape(-1), M, nowhere=N * k))
     token_M = choice_M // k  # N for none
 
     x_MD = keep(gather_rows(x_ND, token_M, place_NR))
     affinity_M = gather_rows(affinity_Nk.reshape(-1), choice_M, place_Nk.reshape(-1, 1))
-    gate_MF = keep(_product(x_MD, gate_EFD, sizes_E))
-    up_MF = keep(_product(x_MD, up_EFD, sizes_E))
-    y_MD = _product(_hidden(gate_MF, up_MF, affinity_M), down_EDF, sizes_E)
+    h_MF = grouped_swiglu(x_MD, gate_EFD, up_EFD, sizes_E, expected_rows=expected)
+    h_MF = _weighed(h_MF, affinity_M)
+    y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, expected_rows=expected)
     return sum_rows(y_MD, place_NR, token_M)
 
 
 @jax.checkpoint
-def _hidden(gate_MF: Array, up_MF: Array, affinity_M: Array) -> Array:
-    """SwiGLU's product times the affinity: before the last product, which is linear, it
-    costs no rounding of its own. The gradient keeps the operands alone.
+def _weighed(h_MF: Array, affinity_M: Array) -> Array:
+    """Rows times their affinities. Here the gradient with respect to an affinity is a
+    sum over F; after the last product, which is linear, it would be one over D.
     """
-    gate, up = (x.astype(jnp.float32) for x in (gate_MF, up_MF))
-    return (jax.nn.silu(gate) * up * affinity_M[:, None]).astype(gate_MF.dtype)
-
-
-@jax.custom_vjp
-def _product(x_MK: Array, w_GNK: Array, sizes_G: Array) -> Array:
-    """`grouped_matmul` that keeps only its operands for the gradient.
-
-    It has a branch for each platform; by themselves all would keep what theirs needs.
-    """
-    return grouped_matmul(x_MK, w_GNK, sizes_G)
-
-
-def _product_forward(x_MK, w_GNK, sizes_G):
-    return grouped_matmul(x_MK, w_GNK, sizes_G), (x_MK, w_GNK, sizes_G)
-
-
-def _product_backward(saved, dy_MN):
-    x_MK, w_GNK, sizes_G = saved
-    _, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_G), x_MK, w_GNK)
-    return *back(dy_MN), None
-
-
-_product.defvjp(_product_forward, _product_backward)
+    return (h_MF.astype(jnp.float32) * affinity_M[:, None]).astype(h_MF.dtype)

@@ -17,6 +17,7 @@ from dsjax.config import ModelConfig, Segment
 from dsjax.nn import cache as kv
 from dsjax.nn.block import Block
 from dsjax.nn.dropping import Dropping
+from dsjax.nn.embedding import look_up
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import FLOAT32, Build, Precision, Remat
@@ -205,13 +206,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: Int[Given, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
-        # Cast after the look-up: a frequent token's gradient is a sum over thousands of
-        # positions, which bfloat16 would round away.
-        table_VD = use(self.embedding_VD, self.precision.params)
-        batch = batch_axes(tokens_BT)
-        cut = P(batch, None, jax.typeof(table_VD).sharding.spec[1])
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=cut).astype(self.dtype)
-        return reshard(x_BTD, P(batch, None, None))
+        return look_up(self.embedding_VD[...], tokens_BT, self.dtype)
 
     def place(self, rows_BT: Int[Given, "B T"]) -> Int[Array, "B T"]:
         """Rows cut over the mesh's batch axes, as far as their number allows."""
@@ -234,9 +229,8 @@ class Transformer(nnx.Module):
     def head_weight(self) -> Float[Array, "V D"]:
         """The head's matrix in the compute dtype, gathered but for `tensor`, which cuts
         the vocabulary."""
-        if self.config.tied_embeddings:
-            return reshard(use(self.embedding_VD, self.dtype), P("tensor", None))
-        return use(self.head_VD, self.dtype)
+        tied = self.config.tied_embeddings
+        return use(self.embedding_VD if tied else self.head_VD, self.dtype)
 
     def _layers(
         self, tokens_BT: Array, context: kv.Context, cache: kv.Cache | None
