@@ -76,8 +76,12 @@ class Module:
     @classmethod
     def parse(cls, text: str) -> "Module":
         """From `Compiled.as_text()`. Lines inside of strings are left out."""
-        module, current = cls(), None
+        module, current, inside = cls(), None, False
         for line in text.splitlines():
+            opened = (line.count('"') - line.count('\\"')) % 2 == 1
+            within, inside = inside, inside != opened
+            if within:
+                continue
             if found := _COMPUTATION.match(line):
                 current = module.computations.setdefault(found[2], [])
                 if found[1]:
@@ -168,10 +172,10 @@ class _Reader:
     def trips(self, condition: str, start: str) -> int:
         """How often a loop runs; 0 if data decide."""
         lines = {line.name: line for line in self.module.computations[condition]}
-        compare = [line for line in lines.values() if "direction=LT" in line.rest]
-        if len(compare) != 1 or any(name not in lines for name in compare[0].operands):
+        compares = [line for line in lines.values() if self.compares(line)]
+        if len(compares) != 1 or any(name not in lines for name in compares[0].operands):
             return 0
-        counter, limit = (lines[name] for name in compare[0].operands)
+        counter, limit = (lines[name] for name in compares[0].operands)
         place = re.search(r"index=(\d+)", counter.rest)
         if limit.opcode != "constant" or place is None:
             return 0
@@ -179,6 +183,13 @@ class _Reader:
         if first is None or first.opcode != "constant":
             return 0
         return max(_number(limit) - _number(first), 0)
+
+    def compares(self, line: Instruction) -> bool:
+        """Whether it is `first operand < second operand`, or a fusion of just that."""
+        if line.opcode != "fusion":
+            return line.opcode == "compare" and "direction=LT" in line.rest
+        inside = self.module.computations.get(line.attribute("calls"), [])
+        return any("direction=LT" in inner.rest for inner in inside)
 
     def element(self, name: str, index: int) -> Instruction | None:
         """The instruction behind an element of a tuple, copies left out."""
