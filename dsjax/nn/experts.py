@@ -28,7 +28,7 @@ from dsjax.nn.rows import (
     sorted_places,
     sum_rows,
 )
-from dsjax.nn.weights import batch_axes, use
+from dsjax.nn.weights import batch_axes, cast
 from dsjax.sharding import axes_of
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 
@@ -51,10 +51,14 @@ class Experts(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Each token's weighted sum over its chosen experts."""
         weights = [
-            use(w, self.dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
+            cast(w, self.dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
         ]
-        in_EFD, _, out_EDF = (jax.typeof(w).sharding.spec for w in weights)
-        split, tensor = (name in axes_of(*in_EFD) for name in ("expert", "tensor"))
+        in_EFD, _, out_EDF = specs = [jax.typeof(w).sharding.spec for w in weights]
+        sizes = jax.sharding.get_abstract_mesh().shape
+        split, tensor = (
+            name in axes_of(*in_EFD) and sizes[name] > 1
+            for name in ("expert", "tensor")
+        )
         batch = batch_axes(x_BTD)
         apart = split and "expert" in axes_of(batch)  # each device has its own tokens
         rows = P(batch, None, None)
@@ -63,6 +67,7 @@ class Experts(nnx.Module):
             rows = [
                 a.reshape(-1, a.shape[-1]) for a in (x_BTD, chosen_BTk, affinity_BTk)
             ]
+            weights = tuple(map(_gathered, weights, specs))
             if not split:
                 y_ND = apply_experts(*rows, weights)
             elif apart and phase is not kv.Phase.DECODE:
@@ -86,6 +91,16 @@ class Experts(nnx.Module):
             return routing.indices_BTk
         nowhere = self.gate_EFD.shape[0]
         return jnp.where(routing.kept_BTk, routing.indices_BTk, nowhere)
+
+
+def _gathered(weight: Array, spec: P) -> Array:
+    """A weight of the experts whole but for `expert` and `tensor`. Gathered by hand, its
+    gradient is scattered as it is summed; the compiler would sum all of it everywhere.
+    """
+    for dimension, entry in enumerate(spec):
+        if "fsdp" in axes_of(entry):
+            weight = jax.lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
+    return weight
 
 
 def _all_see_all(

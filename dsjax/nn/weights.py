@@ -38,16 +38,22 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
 
     Gathers one mesh axis at a time: two at once compile to a full-size all-reduce.
     """
-    array = weight[...]
-    if array.dtype != dtype:
-        # Or XLA casts the stacked layers as a whole, before the loop over them.
-        array = jax.lax.optimization_barrier(array).astype(dtype)
+    array = cast(weight, dtype)
     spec = _spec(array)
     for axis in reversed(REST):
         gathered = P(*(_without(entry, axis) for entry in spec))
         if gathered != spec:
             array, spec = jax.sharding.reshard(array, gathered), gathered
     return array
+
+
+def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
+    """The weight in the compute dtype, as it rests."""
+    array = weight[...]
+    if array.dtype == dtype:
+        return array
+    # Or XLA casts the stacked layers as a whole, before the loop over them.
+    return jax.lax.optimization_barrier(array).astype(dtype)
 
 
 def batch_axes(x: Array) -> str | tuple[str, ...] | None:

@@ -146,7 +146,7 @@ def _swiglu_backward(implementation, expected_rows, saved, dh):
 
 
 # Where `jax.checkpoint` runs the layer first, nothing but the result is written.
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward, optimize_remat=True)
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _check(x, w, sizes, implementation, expected_rows) -> int:
