@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -112,14 +113,21 @@ def make_mesh(
             f"mesh {dict(zip(AXES, shape))} needs {need} devices, "
             f"{len(devices)} are here"
         )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:need]
+    # An axis may be a part of a torus's dimension: on 8 x 8 x 8 chips one of 4, say.
+    placed = mesh_utils.create_device_mesh(
+        shape, devices[:need], allow_split_physical_axes=True
     )
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def parse_mesh(text: str) -> Mesh:
     """A mesh from "fsdp=2,expert=4" (any subset of the axes; an empty text is the mesh
     of ones)."""
+    return make_mesh(**parse_sizes(text))
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes from "fsdp=2,expert=4"."""
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")
@@ -129,7 +137,7 @@ def parse_mesh(text: str) -> Mesh:
                 f"with AXIS one of {', '.join(AXES)}"
             )
         sizes[axis] = int(size)
-    return make_mesh(**sizes)
+    return sizes
 
 
 def axes_of(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
