@@ -56,7 +56,7 @@ class Context:
             last_BT=jnp.arange(self.positions_BT.shape[1])[None],
             segments_BT=self.segments_BT,
             segments_BS=self.segments_BT,
-            causal=self.segments_BT is None,
+            causal=True,
         )
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Array
 
 from dsjax.nn.weights import filled, weight
 from dsjax.sharding import Sharding
+from pallas_kernels.flash_attention import api as flash_attention
 
 _KEPT = "kept"
-FUSED = ("dot_product_attention_fwd_wrapper",)  # cuDNN's, by JAX's name
 COPIES = ("convert_element_type", "optimization_barrier", "reshard")
 
 
@@ -67,19 +67,13 @@ class Remat(enum.Enum):
             case Remat.FULL:
                 policy = policies.nothing_saveable
             case Remat.V3:
-                named = policies.save_only_these_names(_KEPT)
-                policy = policies.save_from_both_policies(named, _fused)
+                policy = policies.save_only_these_names(_KEPT, flash_attention.KEPT)
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _all_but_copies(primitive: Primitive, *_, **__) -> bool:
     """A policy of `jax.checkpoint`: casts and gathers are done again."""
     return primitive.name not in COPIES
-
-
-def _fused(primitive: Primitive, *_, **__) -> bool:
-    """A policy of `jax.checkpoint`: what fused attention gives is found again, too."""
-    return primitive.name in FUSED
 
 
 def keep(x: Array) -> Array:

@@ -1,5 +1,5 @@
 """Softmax attention that keeps nothing quadratic."""
 
-from pallas_kernels.flash_attention.api import flash_attention, supported
+from pallas_kernels.flash_attention.api import flash_attention
 
-__all__ = ["flash_attention", "supported"]
+__all__ = ["flash_attention"]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.nn import attention
 from dsjax.nn.attention import attend
 from dsjax.nn.cache import Context
+from pallas_kernels.flash_attention import reference
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def by_hand(q, k, v, mask, scale):
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("block", [512, 9, 8], ids=["whole", "exact", "padded"])
 def test_equals_the_definition(mesh, monkeypatch, operands, documents, block):
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(reference, "QUERY_BLOCK", block)
     got = attend(*operands, sight(documents), 0.5)
     expected = by_hand(*map(np.float64, operands), mask(documents), 0.5)
     np.testing.assert_allclose(got, expected, atol=2e-6)
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_definition(
         value = lambda *qkv: (form(*qkv) * weigh).sum()  # noqa: E731
         return jax.grad(value, argnums=(0, 1, 2))(*operands)
 
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(reference, "QUERY_BLOCK", block)
     ours = gradients(lambda *qkv: attend(*qkv, sight(documents), 0.5))
     for got, expected in zip(ours, gradients(plain)):
         assert np.abs(expected).max() > 1

@@ -1,0 +1,235 @@
+"""Causal attention on TPUs: JAX's own splash attention, forward and backward.
+
+Its queries and keys may be of another size than its values, so that MLA's 192 and 128
+need no padding. What is added here: one pair of functions that share what they keep with
+the other implementations (splash's own gradient would keep it in its own form), blocks
+that fit into the default VMEM of every generation, lengths that blocks do not divide,
+and an estimate of each kernel's work, which splash does not give.
+
+Letters: B batch, T length, K kv heads, G query heads of each, N = K G query heads, H size
+of queries and keys, U size of values.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask_info as mask_info,
+)
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import Array, Float
+
+from pallas_kernels.flash_attention import work
+from pallas_kernels.flash_attention.reference import Visible
+
+LARGEST = 1024  # queries or keys of a block; 2048 of them overflow v5p's default VMEM
+STEP = 2**16  # about 0.2 us of a v5p: assumed, not measured
+LANES = 128
+
+
+def lacks(q: Array, k: Array, v: Array, visible: Visible) -> str:
+    """Why these operands are not for this kernel; empty where they are."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"{q.dtype=} is neither bfloat16 nor float32"
+    if max(q.shape[-1], v.shape[-1]) > 256 or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"heads of {q.shape[-1]} and {v.shape[-1]}: not multiples of 8 up to 256"
+    return ""
+
+
+def block_size(length: int) -> int:
+    """Queries, and keys, of a block: what makes the least of all blocks visited.
+
+    Large blocks do more in vain, on the diagonal and behind the last token; small ones
+    cost grid steps, each of them as much as STEP pairs of query and key.
+    """
+
+    def cost(size: int) -> int:
+        blocks = -(-length // size)
+        return blocks * (blocks + 1) // 2 * (size**2 + STEP)
+
+    return min(range(LANES, LARGEST + 1, LANES), key=cost)
+
+
+def forward(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
+    visible: Visible,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T K G U"], Float[Array, "B T K G"]]:
+    """softmax(scale * q k) v, and its log-sum-exp in float32."""
+
+    def row(part):
+        (q, k, v, segments), (length, size) = part, _blocks(part)
+        call = functools.partial(
+            splash._splash_attention_forward,
+            **_options(size),
+            save_residuals=True,
+            sinks=None,
+        )
+        call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
+        out_NTU, (lse_NT,) = call(_seen_by_queries(length, size), q, k, v, segments)
+        return out_NTU, lse_NT
+
+    results = jax.lax.map(row, _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale))
+    out_BTNU, lse_BTN = (_tokens_first(x, q_BTKGH.shape[1]) for x in results)
+    out_BTKGU = out_BTNU.reshape(*q_BTKGH.shape[:-1], -1)
+    return out_BTKGU, lse_BTN.reshape(q_BTKGH.shape[:-1])
+
+
+def backward(
+    q_BTKGH: Float[Array, "B T K G H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKU: Float[Array, "B T K U"],
+    visible: Visible,
+    out_BTKGU: Float[Array, "B T K G U"],
+    lse_BTKG: Float[Array, "B T K G"],
+    dout_BTKGU: Float[Array, "B T K G U"],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K U"]]:
+    """The gradients of q, k and v, from what `forward` gave."""
+
+    def row(part):
+        operands, kept = part
+        (q, k, v, segments), (length, size) = operands, _blocks(operands)
+
+        def call(dq_mask, dkv_mask, q, k, v, segments, out, lse, dout):
+            kept = (q, k, v, segments, None, out, lse, dq_mask, dkv_mask)
+            options = _options(size) | {"save_residuals": False}
+            return splash._splash_attention_bwd(**options, res=kept, do=dout)[3:6]
+
+        call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
+        masks = _seen_by_queries(length, size), _seeing_keys(length, size)
+        return call(*masks, *operands, *kept)
+
+    B, T, K, G, H = q_BTKGH.shape
+    kept = [
+        _heads_first(x.reshape(B, T, K * G, *x.shape[4:]))
+        for x in (out_BTKGU, lse_BTKG, dout_BTKGU)
+    ]
+    operands = _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale)
+    gradients = jax.lax.map(row, (operands, kept))
+    dq_BTNH, dk_BTKH, dv_BTKU = (_tokens_first(x, T) for x in gradients)
+    dq_BTNH = _scaled(dq_BTNH, scale)
+    return dq_BTNH.reshape(B, T, K, G, H), dk_BTKH, dv_BTKU
+
+
+def _blocks(operands) -> tuple[int, int]:
+    """The padded length of `_operands`' parts, and the size of its blocks."""
+    length = operands[0].shape[1]
+    return length, block_size(length)
+
+
+def _options(size: int) -> dict:
+    """Arguments of splash that are the same in all of its kernels."""
+    names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq"]
+    sizes = {f"block_{name}": size for name in [*names, "kv_dq"]}
+    return {
+        "mask_value": splash.DEFAULT_MASK_VALUE,
+        "is_mqa": False,
+        "block_sizes": splash.BlockSizes(**sizes),
+        "residual_checkpoint_name": None,
+        "mask_function": _past_and_itself,
+        "attn_logits_soft_cap": None,
+        "interpret": False,
+    }
+
+
+def _past_and_itself(queries: Array, keys: Array) -> Array:
+    return queries >= keys
+
+
+def _seen_by_queries(length: int, size: int) -> mask_info.MaskInfo:
+    """Which block of keys each step of a walk along the queries takes."""
+    query, key = np.indices((length // size,) * 2)
+    return _mask(query, key, np.where(key <= query, key, 0), length)
+
+
+def _seeing_keys(length: int, size: int) -> mask_info.MaskInfo:
+    """Which block of queries each step of a walk along the keys takes."""
+    query, key = np.indices((length // size,) * 2)
+    return _mask(query, key, np.maximum(query, key), length)
+
+
+def _mask(query, key, taken, length) -> mask_info.MaskInfo:
+    """The record that splash's own mask classes come to, without their T x T work.
+
+    A step with nothing to do names the block that the next one needs: no copy is lost.
+    """
+    kind = np.where(key < query, 2, key == query)  # all, part or nothing of it is seen
+    small = np.int8 if taken.max() < 128 else np.int32
+    return mask_info.MaskInfo(
+        data_next=jnp.asarray(taken[None], small),
+        mask_next=None,
+        block_mask=jnp.asarray(kind[None], small),
+        partial_mask_blocks=None,
+        q_sequence=jnp.arange(length, dtype=jnp.int32),
+    )
+
+
+def _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale):
+    """As splash takes them: scaled queries, heads before tokens, whole blocks."""
+    B, T, K, G, H = q_BTKGH.shape
+    q_BTNH = _scaled(q_BTKGH, scale).reshape(B, T, K * G, H)
+    segments = visible.segments_BT
+    if segments is not None:
+        segments = _whole_blocks(segments, 1)
+        segments = splash.SegmentIds(q=segments, kv=segments)
+    return *map(_heads_first, (q_BTNH, k_BTKH, v_BTKU)), segments
+
+
+def _scaled(x: Array, scale: float) -> Array:
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
+def _heads_first(x: Array) -> Array:
+    """[B, T, heads, ...] -> [B, heads, T in whole blocks, ...]."""
+    return _whole_blocks(x.swapaxes(1, 2), 2)
+
+
+def _tokens_first(x: Array, length: int) -> Array:
+    return x.swapaxes(1, 2)[:, :length]
+
+
+def _whole_blocks(x: Array, axis: int) -> Array:
+    """Zeros behind the tokens: no real query sees them, and nothing comes from them."""
+    padding = -x.shape[axis] % block_size(x.shape[axis])
+    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
+
+
+def _with_estimates(function: Callable, estimates: dict) -> Callable:
+    """`function` with the estimate of each kernel it calls, found by the kernel's phase.
+
+    JAX's splash attention (0.10 to 0.12) gives none and takes none, without which a cost
+    analysis sees no work at all; so the traced program is given them.
+    """
+
+    def call(*args):
+        traced, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        equations = [
+            equation.replace(params=equation.params | {"cost_estimate": estimate})
+            if equation.primitive.name == "pallas_call"
+            and (estimate := estimates[_phase(equation)])
+            else equation
+            for equation in traced.jaxpr.eqns
+        ]
+        run = jaxpr_as_fun(
+            ClosedJaxpr(traced.jaxpr.replace(eqns=equations), traced.consts)
+        )
+        results = run(*jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+    return call
+
+
+def _phase(equation) -> str:
+    """ "fwd", "dkv" or "dq": the third word of a splash kernel's name."""
+    return equation.params["name"].split("_")[2]
