@@ -148,15 +148,10 @@ def apply_experts(
 
     x_MD = keep(gather_rows(x_ND, token_M, place_NR))
     affinity_M = gather_rows(affinity_Nk.reshape(-1), choice_M, place_Nk.reshape(-1, 1))
-    h_MF = grouped_swiglu(x_MD, gate_EFD, up_EFD, sizes_E, expected_rows=expected)
-    h_MF = _weighed(h_MF, affinity_M)
-    y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, expected_rows=expected)
+    # Weighed before the last product, which is linear: that costs no rounding of its
+    # own, and the gradient with respect to an affinity is a sum over F, not D.
+    options = {"expected_rows": expected}
+    gate_up = gate_EFD, up_EFD
+    h_MF = grouped_swiglu(x_MD, *gate_up, sizes_E, scale_M=affinity_M, **options)
+    y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, **options)
     return sum_rows(y_MD, place_NR, token_M)
-
-
-@jax.checkpoint
-def _weighed(h_MF: Array, affinity_M: Array) -> Array:
-    """Rows times their affinities. Here the gradient with respect to an affinity is a
-    sum over F; after the last product, which is linear, it would be one over D.
-    """
-    return (h_MF.astype(jnp.float32) * affinity_M[:, None]).astype(h_MF.dtype)

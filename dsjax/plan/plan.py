@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import jax
 from jax.sharding import Mesh
 
 from dsjax import count
