@@ -99,6 +99,14 @@ def parse_mesh(text: str) -> Mesh:
     return make_mesh(**sizes)
 
 
+def axes_of(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in entries of a PartitionSpec, in order."""
+    names = []
+    for entry in entries:
+        names += [entry] if isinstance(entry, str) else entry or ()
+    return tuple(names)
+
+
 def fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     """`spec` without the axes that do not divide their dimension, last axes first.
 

@@ -9,13 +9,14 @@ log = logging.getLogger("pallas_kernels")
 
 
 @functools.cache
-def note_reference(operation: str) -> None:
-    """Logs one line the first time `operation` runs as plain JAX where kernels belong.
+def note_reference(operation: str, platform: str) -> None:
+    """Logs one line the first time `operation` runs as plain JAX on `platform`, "gpu" or
+    "tpu", where a kernel belongs.
 
-    Only on a GPU: a CPU has no kernels to miss, and on a TPU XLA has its own. The choice
-    itself follows the platform that is compiled for; this is for the person who waits.
+    Only on that platform. The choice itself follows the platform that is compiled for;
+    this is for the person who waits.
     """
-    if jax.default_backend() == "gpu":
+    if jax.default_backend() == platform:
         device = jax.devices()[0].device_kind
         log.warning("%s: no kernel for %s, plain JAX is used", operation, device)
 

@@ -1,17 +1,16 @@
-"""The face of the grouped matmul: what it computes, and who computes it where."""
+"""The face of the grouped matmul: what it computes, and who computes it where.
 
-from collections.abc import Callable
+Letters: M rows, K inner, N outer, G groups; D the model, F an expert.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_reference
-from pallas_kernels.grouped_matmul.padded import fits, padded
-from pallas_kernels.grouped_matmul.pallas_gpu import hopper, supports
-from pallas_kernels.grouped_matmul.reference import blocked
-
-IMPLEMENTATIONS = ("blocked", "hopper", "padded", "ragged_dot")
+from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
+from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
 
 
 def grouped_matmul(
@@ -20,62 +19,131 @@ def grouped_matmul(
     sizes_G: Int[Array, " G"],
     *,
     implementation: str | None = None,
+    expected_rows: int | None = None,
 ) -> Float[Array, "M N"]:
     """Row m of group g becomes x[m] @ w[g].T, with float32 accumulation.
 
     Rows are sorted by group: the first sizes[0] belong to group 0, and so on. Groups may
     be empty or uneven; nothing is padded in memory. Rows past sum(sizes) give zeros and
-    cost nothing. Differentiable in `x` and `w`. The result has the dtype of `x`.
+    cost nothing but to write them; sizes that claim more rows than there are end with the
+    rows. Differentiable in `x` and `w`. The result has the dtype of `x`.
 
-    `implementation`: "hopper" is a kernel for NVIDIA's H100 and H200, bfloat16, sizes
-    that 128 divides; "blocked" is portable and does the work of the rows there are;
-    "padded" copies rows and matrices into one batched product, quicker than "blocked"
-    on a GPU where the copies fit; "ragged_dot" is XLA's, native on TPU but dense (all
-    groups times all rows) elsewhere. None chooses by the platform that is compiled for,
-    and says in one line when that leaves a GPU to plain JAX.
+    `w` may be float32 where `x` is bfloat16: it is rounded for the products, and its
+    gradient stays as it was summed up, in float32.
+
+    `implementation`: "tpu" is a kernel for TPUs, bfloat16 or float32, N and K that 128
+    divides; "hopper" is one for NVIDIA's H100 and H200, bfloat16, sizes that 128 divides;
+    "blocked" is portable and does the work of the rows there are; "padded" copies rows
+    and matrices into one batched product, quicker than "blocked" on a GPU where the
+    copies fit; "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
+    elsewhere. None chooses by the platform that is compiled for, and says in one line
+    when that leaves an accelerator without a kernel.
+
+    `expected_rows`: of the M, how many belong to groups in the mean; None means all. It
+    changes nothing but the cost that kernels report to the compiler.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
+        NotImplementedError: "tpu" was named and does not take these operands.
     """
-    _check(x_MK, w_GNK, sizes_G)
-    match implementation:
-        case None:
-            on_gpu = _on_gpu(x_MK, w_GNK)
-            return jax.lax.platform_dependent(
-                x_MK, w_GNK, sizes_G, tpu=ragged_dot, cuda=on_gpu, default=blocked
-            )
-        case "blocked":
-            return blocked(x_MK, w_GNK, sizes_G)
-        case "hopper":
-            return hopper(x_MK, w_GNK, sizes_G)
-        case "padded":
-            return padded(x_MK, w_GNK, sizes_G)
-        case "ragged_dot":
-            return ragged_dot(x_MK, w_GNK, sizes_G)
-        case _:
-            raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")
+    expected_rows = _check(x_MK, w_GNK, sizes_G, implementation, expected_rows)
+    _check_tpu(x_MK, w_GNK, implementation, gated=False)
+    return _product(x_MK, w_GNK, sizes_G, implementation, expected_rows)
 
 
-def _on_gpu(x: Array, w: Array) -> Callable:
-    """The quickest that takes these operands."""
-    if supports(x, w):
-        return hopper
-    note_reference("grouped_matmul")
-    return padded if fits(x.shape[0], w) else blocked
+def grouped_swiglu(
+    x_MD: Float[Array, "M D"],
+    gate_GFD: Float[Array, "G F D"],
+    up_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    *,
+    implementation: str | None = None,
+    expected_rows: int | None = None,
+) -> Float[Array, "M F"]:
+    """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T).
+
+    Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU both
+    products are one kernel that reads `x` once. The gradient needs both products: they
+    are kept beside the result, but not where `jax.checkpoint` computes the result again.
+    """
+    expected_rows = _check(x_MD, gate_GFD, sizes_G, implementation, expected_rows)
+    if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
+        raise ValueError(
+            f"{gate_GFD.shape=} {gate_GFD.dtype=} and {up_GFD.shape=} {up_GFD.dtype=} "
+            "differ"
+        )
+    _check_tpu(x_MD, gate_GFD, implementation, gated=True)
+    return _swiglu(x_MD, gate_GFD, up_GFD, sizes_G, implementation, expected_rows)
 
 
-def ragged_dot(
-    x_MK: Float[Array, "M K"], w_GNK: Float[Array, "G N K"], sizes_G: Int[Array, " G"]
-) -> Float[Array, "M N"]:
-    """XLA's ragged product, with the surplus rows zeroed."""
-    y_MN = jax.lax.ragged_dot(
-        x_MK, w_GNK.swapaxes(1, 2), sizes_G, preferred_element_type=jnp.float32
+# One gradient for all implementations: if each platform's branch had its own, all would
+# keep what theirs needs.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x, w, sizes, implementation, expected_rows):
+    operands = (x, w.astype(x.dtype), sizes)
+    return dispatch(
+        implementation, "product", x, w, *operands, expected_rows=expected_rows
     )
-    real_M = jnp.arange(x_MK.shape[0]) < sizes_G.sum()
-    return jnp.where(real_M[:, None], y_MN, 0).astype(x_MK.dtype)
 
 
-def _check(x: Array, w: Array, sizes: Array) -> None:
+def _product_forward(x, w, sizes, implementation, expected_rows):
+    return _product(x, w, sizes, implementation, expected_rows), (x, w, sizes)
+
+
+def _product_backward(implementation, expected_rows, saved, dy):
+    x, w, sizes = saved
+    operands = (dy, x, w.astype(x.dtype), sizes)
+    options = {"dtype": w.dtype, "expected_rows": expected_rows}
+    dx, dw = dispatch(implementation, "gradients", x, w, *operands, **options)
+    return dx, dw, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _swiglu(x, gate, up, sizes, implementation, expected_rows):
+    return _run_swiglu(x, gate, up, sizes, implementation, expected_rows, kept=False)
+
+
+def _run_swiglu(x, gate, up, sizes, implementation, expected_rows, *, kept):
+    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+    options = {"kept": kept, "expected_rows": expected_rows}
+    return dispatch(implementation, "swiglu", x, gate, *operands, **options)
+
+
+def _swiglu_forward(x, gate, up, sizes, implementation, expected_rows):
+    h, gated, lifted = _run_swiglu(
+        x, gate, up, sizes, implementation, expected_rows, kept=True
+    )
+    return h, (x, gate, up, sizes, gated, lifted)
+
+
+def _swiglu_backward(implementation, expected_rows, saved, dh):
+    x, gate, up, sizes, gated, lifted = saved
+
+    def combine(gated, lifted):
+        return jax.nn.silu(gated) * lifted
+
+    wide = [a.astype(jnp.float32) for a in (gated, lifted, dh)]
+    _, back = jax.vjp(combine, *wide[:2])
+    dgated, dlifted = (a.astype(x.dtype) for a in back(wide[2]))
+    operands = (dgated, dlifted, x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+    options = {"dtype": gate.dtype, "expected_rows": expected_rows}
+    dx, dgate, dup = dispatch(
+        implementation, "swiglu_gradients", x, gate, *operands, **options
+    )
+    return dx, dgate, dup, None
+
+
+# Where `jax.checkpoint` runs the layer first, nothing but the result is written.
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward, optimize_remat=True)
+
+
+def _check(x, w, sizes, implementation, expected_rows) -> int:
+    """The expected rows, once the operands are seen to fit."""
     if x.ndim != 2 or w.ndim != 3 or sizes.ndim != 1:
         raise ValueError(
             f"ranks of {x.shape=}, {w.shape=}, {sizes.shape=}: not 2, 3, 1"
@@ -84,7 +152,25 @@ def _check(x: Array, w: Array, sizes: Array) -> None:
         raise ValueError(f"last axes of {x.shape=} and {w.shape=} differ")
     if w.shape[0] != sizes.shape[0]:
         raise ValueError(f"groups of {w.shape=} and {sizes.shape=} differ")
-    if x.dtype != w.dtype:
+    if w.dtype not in (x.dtype, jnp.float32):
         raise ValueError(f"{x.dtype=} and {w.dtype=} differ")
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise ValueError(f"{sizes.dtype=} is no integer type")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        names = tuple(IMPLEMENTATIONS)
+        raise ValueError(f"{implementation=} is not one of {names}")
+    rows = x.shape[0]
+    expected_rows = rows if expected_rows is None else expected_rows
+    if not 0 <= expected_rows <= rows:
+        raise ValueError(f"{expected_rows=} of {rows} rows")
+    return expected_rows
+
+
+def _check_tpu(x, w, implementation, *, gated) -> None:
+    if implementation != "tpu":
+        return
+    if not tpu_supports(x.shape[0], w.shape, x.dtype, gated=gated):
+        raise NotImplementedError(
+            f"no TPU kernel for {x.shape=}, {w.shape=}, {x.dtype=}: bfloat16 or float32, "
+            "last axes that are multiples of 128, tiles that fit its memory"
+        )

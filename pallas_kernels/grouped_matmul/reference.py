@@ -33,7 +33,6 @@ def block_count(sizes_G: Int[Array, " G"], b: int) -> Int[Array, ""]:
     return (-(-sizes_G // b)).sum()
 
 
-@jax.custom_vjp
 def blocked(
     x_MK: Float[Array, "M K"], w_GNK: Float[Array, "G N K"], sizes_G: Int[Array, " G"]
 ) -> Float[Array, "M N"]:
@@ -41,17 +40,17 @@ def blocked(
     return _rows(x_MK, w_GNK, sizes_G, "bk,nk->bn")
 
 
-def _forward(x_MK, w_GNK, sizes_G):
-    return blocked(x_MK, w_GNK, sizes_G), (x_MK, w_GNK, sizes_G)
-
-
-def _backward(saved, dy_MN):
-    x_MK, w_GNK, sizes_G = saved
+def gradients(
+    dy_MN: Float[Array, "M N"],
+    x_MK: Float[Array, "M K"],
+    w_GNK: Float[Array, "G N K"],
+    sizes_G: Int[Array, " G"],
+    *,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "M K"], Float[Array, "G N K"]]:
+    """By rows, dy[m] @ w[group of m], and by weights, dy_g.T @ x_g in `dtype`."""
     dx_MK = _rows(dy_MN, w_GNK, sizes_G, "bn,nk->bk")
-    return dx_MK, _weight_gradient(x_MK, dy_MN, sizes_G).astype(w_GNK.dtype), None
-
-
-blocked.defvjp(_forward, _backward)
+    return dx_MK, _weight_gradient(x_MK, dy_MN, sizes_G).astype(dtype)
 
 
 def _rows(x: Array, w: Array, sizes: Array, product: str) -> Array:

@@ -11,8 +11,8 @@ from flax import nnx
 from dsjax import models
 from dsjax.config import Moe
 from dsjax.errors import UserError
-from dsjax.nn import moe
-from dsjax.nn.cache import Context
+from dsjax.nn import experts
+from dsjax.nn.cache import Context, Phase
 from dsjax.nn.dropping import Dropping, kept_rows
 from dsjax.nn.moe import MixtureOfExperts
 from dsjax.nn.options import FLOAT32, Build
@@ -115,15 +115,16 @@ def test_dropped_rows_cost_nothing(mesh, rng, monkeypatch):
 
     def record(x, w, sizes):
         told.append(int(sizes.sum()))
-        return moe.grouped_matmul(x, w, sizes)
+        return experts.grouped_matmul(x, w, sizes)
 
-    monkeypatch.setattr(moe, "_product", record)
+    monkeypatch.setattr(experts, "_product", record)
     x = jnp.asarray(rng.standard_normal((B, T, 24)), jnp.float32)
     indices = jnp.asarray(rng.integers(0, E, (B, T, K)), jnp.int32)
     kept = jnp.asarray(rng.random((B, T, K)) < 0.7)
-    experts, chosen = layer().experts, jnp.where(kept, indices, E)
-    weights = [w[...] for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)]
-    moe._apply_experts(x, chosen, jnp.ones((B, T, K)), *weights)
+    layers, chosen = layer().experts, jnp.where(kept, indices, E)
+    weights = [w[...] for w in (layers.gate_EFD, layers.up_EFD, layers.down_EDF)]
+    rows = [a.reshape(B * T, -1) for a in (x, chosen, jnp.ones((B, T, K)))]
+    experts.apply_experts(*rows, tuple(weights))
     assert told == [int(kept.sum())] * 3
 
 
@@ -137,7 +138,7 @@ def test_gradient_of_a_dropped_row_is_zero(mesh, rng):
     @jax.jit
     @jax.grad
     def gradient(weights_BTk):
-        y = mixture.experts(x, replace(routing, weights_BTk=weights_BTk))
+        y = mixture.experts(x, replace(routing, weights_BTk=weights_BTk), Phase.FULL)
         return (y * weigh).sum()
 
     reached = np.asarray(gradient(routing.weights_BTk)) != 0

@@ -1,4 +1,4 @@
-"""Plain JAX in a kernel's place is said once, on a GPU alone."""
+"""Plain JAX in a kernel's place is said once, where a kernel belongs."""
 
 import logging
 
@@ -19,7 +19,7 @@ def forget():
 def test_said_once(monkeypatch, caplog, backend, lines):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     with caplog.at_level(logging.INFO, logger="pallas_kernels"):
-        dispatch.note_reference("some_product")
-        dispatch.note_reference("some_product")
+        dispatch.note_reference("some_product", "gpu")
+        dispatch.note_reference("some_product", "gpu")
     assert len(caplog.records) == lines
     assert all("some_product" in record.getMessage() for record in caplog.records)

@@ -1,0 +1,139 @@
+"""Who computes grouped products: a table, and the choice by platform.
+
+Letters: M rows, K inner, N outer, G groups; D the model, F an expert.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import note_reference
+from pallas_kernels.grouped_matmul import pallas_tpu, reference
+from pallas_kernels.grouped_matmul.padded import fits, padded
+from pallas_kernels.grouped_matmul.pallas_gpu import hopper
+from pallas_kernels.grouped_matmul.pallas_gpu import supports as hopper_supports
+from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+
+
+class Implementation(NamedTuple):
+    """All take the keyword `expected_rows`; gradients the `dtype` of weights', too."""
+
+    product: Callable  # x, w, sizes -> y
+    gradients: Callable  # dy, x, w, sizes -> dx, dw
+    swiglu: Callable  # x, gate, up, sizes -> h; if `kept`, h, x @ gate.T, x @ up.T
+    swiglu_gradients: (
+        Callable  # dgate, dup, x, gate, up, sizes -> dx, and both weights'
+    )
+
+
+def dispatch(
+    implementation: str | None,
+    operation: str,
+    x: Array,
+    w: Array,
+    *operands: Array,
+    **options,
+):
+    """Runs an operation of the implementation named, or of the one for the platform that
+    is compiled for: a process without that platform may do so, too.
+    """
+
+    def run(name: str) -> Callable:
+        return functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
+
+    if implementation is not None:
+        return run(implementation)(*operands)
+    gated = operation.startswith("swiglu")
+    return jax.lax.platform_dependent(
+        *operands,
+        tpu=run(_on_tpu(x, w, gated)),
+        cuda=run(_on_gpu(x, w)),
+        default=run("blocked"),
+    )
+
+
+def _on_tpu(x: Array, w: Array, gated: bool) -> str:
+    if tpu_supports(x.shape[0], w.shape, x.dtype, gated=gated):
+        return "tpu"
+    note_reference("grouped_matmul", "tpu")
+    return "ragged_dot"
+
+
+def _on_gpu(x: Array, w: Array) -> str:
+    if hopper_supports(x, w):
+        return "hopper"
+    note_reference("grouped_matmul", "gpu")
+    return "padded" if fits(x.shape[0], w) else "blocked"
+
+
+def ragged_dot(
+    x_MK: Float[Array, "M K"], w_GNK: Float[Array, "G N K"], sizes_G: Int[Array, " G"]
+) -> Float[Array, "M N"]:
+    """XLA's ragged product, with the surplus rows zeroed."""
+    y_MN = jax.lax.ragged_dot(
+        x_MK, w_GNK.swapaxes(1, 2), sizes_G, preferred_element_type=jnp.float32
+    )
+    real_M = jnp.arange(x_MK.shape[0]) < sizes_G.sum()
+    return jnp.where(real_M[:, None], y_MN, 0).astype(x_MK.dtype)
+
+
+def _composed(product: Callable, gradients: Callable | None = None) -> Implementation:
+    """From one product of x, w and sizes; without `gradients`, JAX's of it."""
+
+    def forward(x, w, sizes, *, expected_rows):
+        return product(x, w, sizes)
+
+    def derived(dy, x, w, sizes, *, dtype):
+        _, back = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
+        dx, dw = back(dy)
+        return dx, dw.astype(dtype)
+
+    def backward(dy, x, w, sizes, *, dtype, expected_rows):
+        return (gradients or derived)(dy, x, w, sizes, dtype=dtype)
+
+    def swiglu(x, gate, up, sizes, *, kept, expected_rows):
+        gate, up = product(x, gate, sizes), product(x, up, sizes)
+        h = jax.nn.silu(gate.astype(jnp.float32)) * up
+        h = h.astype(x.dtype)
+        return (h, gate, up) if kept else h
+
+    def swiglu_backward(dgate, dup, x, gate, up, sizes, **options):
+        through_gate, dgate = backward(dgate, x, gate, sizes, **options)
+        through_up, dup = backward(dup, x, up, sizes, **options)
+        return through_gate + through_up, dgate, dup
+
+    return Implementation(forward, backward, swiglu, swiglu_backward)
+
+
+def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
+    dx = pallas_tpu.row_gradient(dy, w, sizes, **rows)
+    return dx, pallas_tpu.weight_gradient(dy, x, sizes, dtype=dtype, **rows)
+
+
+def _tpu_swiglu(x, gate, up, sizes, *, kept, **rows):
+    run = pallas_tpu.swiglu_kept if kept else pallas_tpu.swiglu
+    return run(x, gate, up, sizes, **rows)
+
+
+def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
+    dx = pallas_tpu.swiglu_row_gradient(dgate, dup, gate, up, sizes, **rows)
+    by_weights = [
+        pallas_tpu.weight_gradient(dy, x, sizes, dtype=dtype, **rows)
+        for dy in (dgate, dup)
+    ]
+    return dx, *by_weights
+
+
+IMPLEMENTATIONS = {
+    "blocked": _composed(reference.blocked, reference.gradients),
+    "hopper": _composed(hopper),
+    "padded": _composed(padded),
+    "ragged_dot": _composed(ragged_dot),
+    "tpu": Implementation(
+        pallas_tpu.product, _tpu_gradients, _tpu_swiglu, _tpu_swiglu_gradients
+    ),
+}
