@@ -4,8 +4,6 @@ Letters: B batch, T length, S cache slots, D model, N heads, H the head part at 
 query latent, L latent, R rotary part, C latent + rotary part.
 """
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,12 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import Mla, Yarn
 from dsjax.nn import cache as kv
-from dsjax.nn.attention import attend, hide, softmax
+from dsjax.nn.attention import attend
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
 from dsjax.nn.weights import batch_axes, facing, use, whole
 from dsjax.sharding import axes_of
+from pallas_kernels.mla_decode.api import mla_decode
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -65,15 +64,9 @@ class MultiHeadLatentAttention(nnx.Module):
         q_BTNH, q_BTNR = self.queries(x_BTD)
         c_BTL, k_BTR = self.latents(x_BTD, context)
         if cache is not None:
-            cache = replace(
-                cache,
-                latent_YBSL=kv.write(cache.latent_YBSL, c_BTL, layer, context),
-                rope_YBSR=kv.write(cache.rope_YBSR, k_BTR, layer, context),
-            )
+            cache = cache.written(c_BTL, k_BTR, layer, context)
         if context.phase is kv.Phase.DECODE:
-            c_BSL = kv.read(cache.latent_YBSL, layer).astype(self.dtype)
-            k_BSR = kv.read(cache.rope_YBSR, layer).astype(self.dtype)
-            out_BTNH = self.absorbed(q_BTNH, q_BTNR, c_BSL, k_BSR, context)
+            out_BTNH = self.absorbed(q_BTNH, q_BTNR, cache, layer, context)
         else:
             out_BTNH = self.expanded(q_BTNH, q_BTNR, c_BTL, k_BTR, context)
         y_BTD = jnp.einsum(
@@ -138,8 +131,8 @@ class MultiHeadLatentAttention(nnx.Module):
         self,
         q_BTNH: Float[Array, "B T N H"],
         q_BTNR: Float[Array, "B T N R"],
-        c_BSL: Float[Array, "B S L"],
-        k_BSR: Float[Array, "B S R"],
+        cache: kv.LatentCache,
+        layer: Int[Array, ""] | int,
         context: kv.Context,
     ) -> Float[Array, "B T N U"]:
         """The same attention on the latents themselves: nothing per head and slot.
@@ -149,15 +142,18 @@ class MultiHeadLatentAttention(nnx.Module):
         up_NHL = use(self.kv_up_NHL, self.dtype)
         k_up_NHL, v_up_NHL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
         q_BTNL = jnp.einsum("BTNH,NHL->BTNL", q_BTNH, k_up_NHL)
-        heads, rows = _spec(q_BTNL), _rows(q_BTNL, batch_axes(c_BSL))
+        heads, rows = _spec(q_BTNL), _rows(q_BTNL, batch_axes(context.positions_BT))
         q_BTNL, q_BTNR = reshard(q_BTNL, rows), reshard(q_BTNR, rows)
-        q_BTNR = self._rotated(q_BTNR, context.positions_BT)
-        wide = {"preferred_element_type": self.precision.softmax}
-        scores = jnp.einsum("BTNL,BSL->BNTS", q_BTNL, c_BSL, **wide)
-        scores += jnp.einsum("BTNR,BSR->BNTS", q_BTNR, k_BSR, **wide)
-        mask_BTS = context.sight().mask(c_BSL.shape[1])
-        weights, _ = softmax(hide(scores * self.scale, mask_BTS[:, None]))
-        mix_BTNL = jnp.einsum("BNTS,BSL->BTNL", weights.astype(c_BSL.dtype), c_BSL)
+        mix_BTNL, _ = mla_decode(
+            q_BTNL,
+            self._rotated(q_BTNR, context.positions_BT),
+            cache.latent_YBSL,
+            cache.rope_YBRS,
+            context.positions_BT[:, -1] + 1,
+            layer=layer,
+            scale=self.scale,
+            softmax_dtype=self.precision.softmax,
+        )
         return jnp.einsum("BTNL,NHL->BTNH", reshard(mix_BTNL, heads), v_up_NHL)
 
     def _rotated(self, q_BTNR: Array, positions_BT: Array) -> Array:
