@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
-from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 
 def grouped_matmul(
@@ -36,8 +36,8 @@ def grouped_matmul(
     "blocked" is portable and does the work of the rows there are; "padded" copies rows
     and matrices into one batched product, quicker than "blocked" on a GPU where the
     copies fit; "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
-    elsewhere. None chooses by the platform that is compiled for, and says in one line
-    when that leaves an accelerator without a kernel.
+    elsewhere. None chooses by the platform that is compiled for, and logs its choice in
+    one line.
 
     `expected_rows`: of the M, how many belong to groups in the mean; None means all. It
     changes nothing but the cost that kernels report to the compiler.
@@ -66,9 +66,8 @@ def grouped_swiglu(
     All but the products' own rounding is float32 until the end; without `scale` it is 1.
     Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU both
     products are one kernel where their tiles fit, which reads `x` once and rounds the
-    result alone. The gradient
-    needs both products: they are kept beside the result, but not where `jax.checkpoint`
-    computes the result again.
+    result alone. The gradient needs both products: they are kept beside the result, but
+    not where `jax.checkpoint` will compute the result again.
     """
     expected_rows = _check(x_MD, gate_GFD, sizes_G, implementation, expected_rows)
     if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
@@ -176,11 +175,9 @@ def _check(x, w, sizes, implementation, expected_rows) -> int:
         names = tuple(IMPLEMENTATIONS)
         raise ValueError(f"{implementation=} is not one of {names}")
     rows = x.shape[0]
-    if implementation == "tpu" and not tpu_supports(rows, w.shape, x.dtype):
-        raise NotImplementedError(
-            f"no TPU kernel for {x.shape=}, {w.shape=}, {x.dtype=}: bfloat16 or float32, "
-            "last axes that are multiples of 128, tiles that fit its memory"
-        )
+    lacking = tpu_lacks(rows, w.shape, x.dtype) if implementation == "tpu" else ""
+    if lacking:
+        raise NotImplementedError(f"the TPU kernel {lacking}: {x.shape=}, {w.shape=}")
     expected_rows = rows if expected_rows is None else expected_rows
     if not 0 <= expected_rows <= rows:
         raise ValueError(f"{expected_rows=} of {rows} rows")
