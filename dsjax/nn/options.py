@@ -19,7 +19,7 @@ from dsjax.sharding import Sharding
 from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 
-_KEPT = "kept"
+_KEPT, _INPUT = "kept", "layer input"
 COPIES = ("convert_element_type", "optimization_barrier", "reshard")
 
 
@@ -58,6 +58,7 @@ class Remat(enum.Enum):
 
     NONE = "none"
     FULL = "full"  # all but each layer's input
+    OFFLOAD = "offload"  # the same, and that input waits in the host's memory
     V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
 
     def wrap(self, layer: Callable) -> Callable:
@@ -68,6 +69,13 @@ class Remat(enum.Enum):
                 policy = _all_but_copies
             case Remat.FULL:
                 policy = policies.nothing_saveable
+            case Remat.OFFLOAD:
+                policy = policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[_INPUT],
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                )
             case Remat.V3:
                 names = _KEPT, flash_attention.KEPT, grouped_matmul.KEPT
                 policy = policies.save_only_these_names(*names)
@@ -82,6 +90,11 @@ def _all_but_copies(primitive: Primitive, *_, **__) -> bool:
 def keep(x: Array) -> Array:
     """Marks what the backward pass finds again under `Remat.V3`."""
     return checkpoint_name(x, _KEPT)
+
+
+def layer_input(x: Array) -> Array:
+    """Marks what each layer starts from, which `Remat.OFFLOAD` sends to the host."""
+    return checkpoint_name(x, _INPUT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from dsjax.nn.dropping import Dropping
 from dsjax.nn.embedding import look_up
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
-from dsjax.nn.options import FLOAT32, Build, Precision, Remat
+from dsjax.nn.options import FLOAT32, Build, Precision, Remat, layer_input
 from dsjax.nn.router import Routing
 from dsjax.nn.weights import batch_axes, facing, flat, shardings, use
 from dsjax.sharding import Sharding, axes_of, fit, make_mesh
@@ -285,7 +285,7 @@ def _scan(
         x_BTD, cache = carry
         weights, index = inputs
         block = nnx.merge(graph, weights)
-        x_BTD, cache, routing = block(x_BTD, context, cache, index)
+        x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 
     (x_BTD, cache), routing = jax.lax.scan(

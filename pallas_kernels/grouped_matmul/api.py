@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
-from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
 
@@ -39,8 +39,8 @@ def grouped_matmul(
     "blocked" is portable and does the work of the rows there are; "padded" copies rows
     and matrices into one batched product, quicker than "blocked" on a GPU where the
     copies fit; "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
-    elsewhere. None chooses by the platform that is compiled for, and says in one line
-    when that leaves an accelerator without a kernel.
+    elsewhere. None chooses by the platform that is compiled for, and logs its choice in
+    one line.
 
     `expected_rows`: of the M, how many belong to groups in the mean; None means all. It
     changes nothing but the cost that kernels report to the compiler.
@@ -180,11 +180,9 @@ def _check(x, w, sizes, implementation, expected_rows) -> int:
         names = tuple(IMPLEMENTATIONS)
         raise ValueError(f"{implementation=} is not one of {names}")
     rows = x.shape[0]
-    if implementation == "tpu" and not tpu_supports(rows, w.shape, x.dtype):
-        raise NotImplementedError(
-            f"no TPU kernel for {x.shape=}, {w.shape=}, {x.dtype=}: bfloat16 or float32, "
-            "last axes that are multiples of 128, tiles that fit its memory"
-        )
+    lacking = tpu_lacks(rows, w.shape, x.dtype) if implementation == "tpu" else ""
+    if lacking:
+        raise NotImplementedError(f"the TPU kernel {lacking}: {x.shape=}, {w.shape=}")
     expected_rows = rows if expected_rows is None else expected_rows
     if not 0 <= expected_rows <= rows:
         raise ValueError(f"{expected_rows=} of {rows} rows")

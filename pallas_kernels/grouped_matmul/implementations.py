@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_reference
+from pallas_kernels.dispatch import note_choice
 from pallas_kernels.grouped_matmul import pallas_tpu, reference
 from pallas_kernels.grouped_matmul.padded import fits, padded
 from pallas_kernels.grouped_matmul.pallas_gpu import hopper
 from pallas_kernels.grouped_matmul.pallas_gpu import supports as hopper_supports
-from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
+
+KERNELS = {"tpu": "Pallas", "cuda": "Mosaic GPU"}
+HOPPER_TAKES = "takes bfloat16 and multiples of 128, on Hopper"
 
 
 class Implementation(NamedTuple):
@@ -47,26 +50,18 @@ def dispatch(
 
     if implementation is not None:
         return run(implementation)(*operands)
+    lacking = {
+        "tpu": tpu_lacks(x.shape[0], w.shape, x.dtype),
+        "cuda": "" if hopper_supports(x, w) else HOPPER_TAKES,
+    }
+    note_choice("grouped_matmul", KERNELS, lacking)
+    copies = "padded" if fits(x.shape[0], w) else "blocked"
     return jax.lax.platform_dependent(
         *operands,
-        tpu=run(_on_tpu(x, w)),
-        cuda=run(_on_gpu(x, w)),
+        tpu=run("ragged_dot" if lacking["tpu"] else "tpu"),
+        cuda=run(copies if lacking["cuda"] else "hopper"),
         default=run("blocked"),
     )
-
-
-def _on_tpu(x: Array, w: Array) -> str:
-    if tpu_supports(x.shape[0], w.shape, x.dtype):
-        return "tpu"
-    note_reference("grouped_matmul", "tpu")
-    return "ragged_dot"
-
-
-def _on_gpu(x: Array, w: Array) -> str:
-    if hopper_supports(x, w):
-        return "hopper"
-    note_reference("grouped_matmul", "gpu")
-    return "padded" if fits(x.shape[0], w) else "blocked"
 
 
 def ragged_dot(
@@ -120,14 +115,14 @@ def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
 
 
 def _tpu_swiglu(x, gate, up, scale, sizes, **options):
-    fits = tpu_supports(x.shape[0], gate.shape, x.dtype, gated=True)
-    run = pallas_tpu.swiglu if fits else _TPU_COMPOSED.swiglu
+    apart = tpu_lacks(x.shape[0], gate.shape, x.dtype, gated=True)
+    run = _TPU_COMPOSED.swiglu if apart else pallas_tpu.swiglu
     return run(x, gate, up, scale, sizes, **options)
 
 
 def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
     operands = (dgate, dup, x, gate, up, sizes)
-    if not tpu_supports(x.shape[0], gate.shape, x.dtype, gated=True):
+    if tpu_lacks(x.shape[0], gate.shape, x.dtype, gated=True):
         return _TPU_COMPOSED.swiglu_gradients(*operands, dtype=dtype, **rows)
     dx = pallas_tpu.swiglu_row_gradient(dgate, dup, gate, up, sizes, **rows)
     by_weights = [

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.tiles_tpu import (
@@ -72,7 +73,7 @@ def weight_gradient(
     x_MK: Float[Array, "M K"],
     sizes_G: Int[Array, " G"],
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     expected_rows: int,
 ) -> Float[Array, "G N K"]:
     """dy_g.T @ x_g of every group, in `dtype`; zeros where a group is empty."""
@@ -269,8 +270,8 @@ def _rows_kernel(
                 out[rows, columns] = jnp.where(mine, y, others).astype(out.dtype)
 
 
-def _begins(what: Array, visit: Array) -> Array:
-    """Whether the visit before was not to the same tile, or group."""
+def _begins(what, visit: Array) -> Array:
+    """Whether the visit before was not to the same tile, or group; `what` is a ref."""
     return (visit == 0) | (what[jnp.maximum(visit - 1, 0)] != what[visit])
 
 

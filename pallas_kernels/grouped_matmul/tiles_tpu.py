@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 ROWS = 256  # rows of a tile: enough for each matrix tile that enters the systolic array
@@ -116,23 +117,28 @@ def _divisors(size: int) -> list[int]:
     return [part for part in range(LANES, size + 1, LANES) if size % part == 0]
 
 
-def supports(
-    rows: int, shape: tuple[int, ...], dtype: jnp.dtype, *, gated: bool = False
-) -> bool:
-    """Whether the kernels take x [rows, K] and w of `shape` [G, N, K], or two such w."""
+def lacks(
+    rows: int, shape: tuple[int, ...], dtype: DTypeLike, *, gated: bool = False
+) -> str:
+    """Why the kernels do not take x [rows, K] and w of `shape` [G, N, K], or two such w;
+    nothing where they do.
+    """
     G, N, K = shape
-    if not rows or not G or N % LANES or K % LANES:
-        return False
+    if not rows or not G:
+        return f"takes no empty operands ({rows} rows, {G} groups)"
+    if N % LANES or K % LANES:
+        return f"takes multiples of {LANES} ({N=}, {K=})"
     if dtype not in (jnp.bfloat16, jnp.float32):
-        return False
+        return f"takes bfloat16 or float32 ({dtype})"
     each = jnp.dtype(dtype).itemsize
     there = {"matrices": 2, "outputs": 3, "scales": 1} if gated else {}
     back = {"matrices": 2, "lhs": 2} if gated else {}
-    return None not in (
+    tiles = (
         row_tiles(rows, K, N, each, **there),
         row_tiles(rows, N, K, each, **back),
         outer_tiles(rows, N, K, each, 4),
     )
+    return f"tiles of {N=}, {K=}, {dtype} exceed its memory" if None in tiles else ""
 
 
 class Visits(NamedTuple):
