@@ -115,7 +115,8 @@ def _all_see_all(
         rows = [jax.lax.all_gather(a, "expert", tiled=True) for a in rows]
     x_ND, chosen_Nk, affinity_Nk = rows
     here_Nk = chosen_Nk - jax.lax.axis_index("expert") * weights[0].shape[0]
-    y_ND = apply_experts(x_ND, here_Nk, affinity_Nk, weights)
+    likely = -(-here_Nk.size // jax.lax.axis_size("expert"))
+    y_ND = apply_experts(x_ND, here_Nk, affinity_Nk, weights, expected=likely)
     if gather:
         return jax.lax.psum_scatter(y_ND, "expert", tiled=True)
     return jax.lax.psum(y_ND, "expert")

@@ -18,10 +18,11 @@ from dsjax.plan.traffic import traffic
 ARITHMETIC = frozenset(
     """abs add add_any and ceil clamp cos div eq exp exp2 expm1 floor ge gt integer_pow
     is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
-    rsqrt select_n sign sin sqrt square sub tanh xor""".split()
+    rsqrt select_n sign sin sqrt square sub tanh xor""".split()  # noqa: SIM905
 )
 REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin cumsum".split()
+    ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax")
+    + ("argmin", "cumsum")
 )
 
 

@@ -173,7 +173,9 @@ class _Reader:
         """How often a loop runs; 0 if data decide."""
         lines = {line.name: line for line in self.module.computations[condition]}
         compares = [line for line in lines.values() if self.compares(line)]
-        if len(compares) != 1 or any(name not in lines for name in compares[0].operands):
+        if len(compares) != 1 or any(
+            name not in lines for name in compares[0].operands
+        ):
             return 0
         counter, limit = (lines[name] for name in compares[0].operands)
         place = re.search(r"index=(\d+)", counter.rest)

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import jax
 from jax.sharding import Mesh
 
 from dsjax import count
@@ -12,7 +11,7 @@ from dsjax.config import ModelConfig, Moe
 from dsjax.errors import UserError
 from dsjax.plan.costs import Cost, Routed, cost
 from dsjax.plan.graph import graph
-from dsjax.plan.memory import DoesNotFit, Memory, compiled, groups, memory
+from dsjax.plan.memory import Memory, OverfullError, compiled, groups, memory
 from dsjax.plan.network import network
 from dsjax.plan.programs import Mode, Program, Work, trace
 from dsjax.plan.topology import Topology
@@ -154,7 +153,7 @@ def compile(plan: Plan, *, look: Callable | None = None) -> Plan:
     try:
         built = compiled(plan.program)
         found = memory(built)
-    except DoesNotFit as error:
+    except OverfullError as error:
         found = _overfull(plan.program, error.peak)
     done = replace(
         plan,

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
 
 from dsjax.plan.costs import cost
 from dsjax.plan.graph import graph
@@ -22,7 +21,10 @@ def mesh():
         yield mesh
 
 
-def shaped(mesh, shape, spec=P(), dtype=jnp.float32):
+WHOLE = P()
+
+
+def shaped(mesh, shape, spec=WHOLE, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 

@@ -5,9 +5,8 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
 
 from dsjax.plan.graph import Block, graph
 from dsjax.sharding import make_mesh
@@ -20,7 +19,10 @@ def mesh():
         yield mesh
 
 
-def shaped(mesh, shape, spec=P(), dtype=jnp.float32):
+WHOLE = P()
+
+
+def shaped(mesh, shape, spec=WHOLE, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 
@@ -108,7 +110,10 @@ def test_the_branch_of_the_platform_is_taken(platform, name):
 
     found = names(traced(jax.grad(in_loop), jnp.ones(4), platform=platform))
     assert "cond" not in found
-    assert {"sin", "cos", "tan"} & found.keys() <= {name, *dict(sin=["cos"], cos=["sin"], tan=["tan"])[name]}
+    assert {"sin", "cos", "tan"} & found.keys() <= {
+        name,
+        *dict(sin=["cos"], cos=["sin"], tan=["tan"])[name],
+    }
 
 
 def test_where_the_compiler_chooses_the_layout_is_taken_from_operands(mesh):

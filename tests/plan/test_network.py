@@ -38,7 +38,9 @@ def test_an_axis_over_two_rings_has_four_links():
     found = laid((8, 8, 4), (True, True, True), (64, 4))
     assert found.dimensions["a"] == (Dimension(8, 2), Dimension(8, 2))
     assert found.dimensions["b"] == (Dimension(4, 2),)
-    assert found.of("all-gather", ("a",), GB) == pytest.approx(63 / 64 * GB / (4 * LINK))
+    assert found.of("all-gather", ("a",), GB) == pytest.approx(
+        63 / 64 * GB / (4 * LINK)
+    )
     both = found.of("all-reduce", ("a", "b"), GB)
     assert both == pytest.approx(2 * 255 / 256 * GB / (6 * LINK))
 
