@@ -16,63 +16,11 @@ from dsjax.plan.traffic import traffic
 
 # One FLOP for each element of the result, as XLA counts them.
 ARITHMETIC = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "ceil",
-        "clamp",
-        "cos",
-        "div",
-        "eq",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-        "xor",
-    ]
+    """abs add add_any and ceil clamp cos div eq exp exp2 expm1 floor ge gt integer_pow
+    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
+    rsqrt select_n sign sin sqrt square sub tanh xor""".split()  # noqa: SIM905
 )
-REDUCTIONS = frozenset(
-    [
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_and",
-        "reduce_or",
-        "argmax",
-        "argmin",
-        "cumsum",
-    ]
-)
+REDUCTIONS = ("reduce_", "arg", "cum")  # one for each element of the operand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +143,6 @@ def filled(op: Op, rows: float) -> float:
 def _elementwise(op: Op) -> float:
     if op.name in ARITHMETIC:
         return float(op.outputs[0].size)
-    if op.name in REDUCTIONS:
+    if op.name.startswith(REDUCTIONS):
         return float(op.inputs[0].size)
     return 0.0

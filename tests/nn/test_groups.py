@@ -12,7 +12,7 @@ from tests.support import random_model, random_tokens
 
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "expert": 2, "tensor": 2}], ids=str)
-@pytest.mark.parametrize("name", ["tiny_v2_lite", "tiny_v3"])
+@pytest.mark.parametrize("name", ["tiny_v3"])
 def test_attention_in_groups(monkeypatch, name, sizes):
     """Logits and gradients, documents in the batch; each row alone on its device."""
     model = random_model(name, **sizes)
