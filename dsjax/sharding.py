@@ -30,6 +30,8 @@ BATCH = ("data", "fsdp", "expert")
 class Sharding:
     """PartitionSpecs of weights (by their attribute's letters) and of activations.
 
+    `storage`: axes along which a weight merely rests cut, and is gathered for its use.
+
     Letters: V vocabulary, D model, N heads, K key-value heads, G query heads of one of
     them, H head size, Q query latent, L latent, C latent + rotary key, E experts, F
     feed-forward width, M two times D, B batch, T length.
@@ -57,6 +59,37 @@ class Sharding:
     expert_out_EDF: P = P("expert", "fsdp", "tensor")
     mtp_DM: P = P(REST, None)
     tokens_BT: P = P(BATCH, None)
+    storage: tuple[str, ...] = REST
+
+
+_MODEL = ("tensor", "expert")
+
+# For decoding on a large mesh: no weight is gathered, since few tokens would not pay for
+# it. `expert` cuts heads, widths and the vocabulary, as `tensor` does; tokens are
+# gathered along it where they meet those, and attention itself stays with its rows.
+SERVING = Sharding(
+    embedding_VD=P(_MODEL, None),
+    head_VD=P(_MODEL, None),
+    q_KGHD=P("tensor", None, None, None),
+    kv_KHD=P("tensor", None, None),
+    o_DKGH=P(None, "tensor", None, None),
+    q_bias_KGH=P("tensor", None, None),
+    kv_bias_KH=P("tensor", None),
+    q_NHD=P(_MODEL, None, None),
+    q_down_QD=P(_MODEL, None),
+    q_up_NHQ=P(_MODEL, None, None),
+    kv_down_CD=P(_MODEL, None),
+    kv_up_NHL=P(_MODEL, None, None),
+    o_DNH=P(None, _MODEL, None),
+    in_FD=P(_MODEL, None),
+    out_DF=P(None, _MODEL),
+    router_ED=P(None, None),
+    router_bias_E=P(None),
+    expert_in_EFD=P("expert", "tensor", None),
+    expert_out_EDF=P("expert", None, "tensor"),
+    mtp_DM=P(None, None),
+    storage=(),
+)
 
 
 def make_mesh(

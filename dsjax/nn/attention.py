@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.flash_attention.api import flash_attention, hide, softmax
-
-__all__ = ["Sight", "attend", "hide", "softmax"]
+from pallas_kernels.flash_attention.api import flash_attention
 
 
 @jax.tree_util.register_dataclass
@@ -29,13 +27,6 @@ class Sight:
     segments_BT: Int[Array, "B T"] | None = None  # None: all one
     segments_BS: Int[Array, "B S"] | None = None
     causal: bool = field(metadata={"static": True}, default=False)
-
-    def mask(self, keys: int) -> Bool[Array, "#B T S"]:
-        """True where a query sees a key."""
-        mask = jnp.arange(keys) <= self.last_BT[:, :, None]
-        if self.segments_BT is not None:
-            mask &= self.segments_BT[:, :, None] == self.segments_BS[:, None]
-        return mask
 
 
 def attend(

@@ -6,6 +6,7 @@ place, so that one buffer lives through a whole decode loop.
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
@@ -20,6 +21,7 @@ from dsjax.nn.attention import Sight
 from dsjax.nn.dropping import Dropping
 from dsjax.nn.weights import batch_axes
 from dsjax.sharding import BATCH, fit
+from pallas_kernels.mla_decode.api import append
 
 
 class Phase(enum.Enum):
@@ -65,11 +67,28 @@ class Context:
 class LatentCache:
     """MLA's cache: the normed latent and the rotated shared key, nothing per head.
 
-    Two arrays, since one of 512 + 64 channels would be padded to 640 on a TPU.
+    Two arrays, since one of 512 + 64 channels would be padded to 640 on a TPU; the 64
+    are not last, since they would be padded to 128.
     """
 
     latent_YBSL: Float[Array, "Y B S L"]
-    rope_YBSR: Float[Array, "Y B S R"]
+    rope_YBRS: Float[Array, "Y B R S"]
+
+    def written(
+        self,
+        latent_BTL: Float[Array, "B T L"],
+        rope_BTR: Float[Array, "B T R"],
+        layer: Int[Array, ""] | int,
+        context: Context,
+    ) -> "LatentCache":
+        """With the new tokens' entries of one layer, at their slots; see `write`."""
+        if context.phase is Phase.PREFILL:
+            rope = _write_first(self.rope_YBRS, rope_BTR.swapaxes(1, 2), layer)
+        else:
+            first_B = context.positions_BT[:, 0]
+            rope = append(self.rope_YBRS, rope_BTR, first_B, layer=layer)
+        latent = write(self.latent_YBSL, latent_BTL, layer, context)
+        return LatentCache(latent_YBSL=latent, rope_YBRS=rope)
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +133,7 @@ def empty_cache(
                 spec = P(None, BATCH, None, None)
                 return LatentCache(
                     latent_YBSL=zeros((*rows, latent), spec),
-                    rope_YBSR=zeros((*rows, rope), spec),
+                    rope_YBRS=zeros((layers, batch, rope, slots), spec),
                 )
             case Gqa(num_kv_heads=heads, head_dim=size):
                 spec = P(None, BATCH, None, "tensor", None)
@@ -141,24 +160,35 @@ def write(
     collective and no copy can come of it.
     """
 
+    if context.phase is Phase.PREFILL:
+        return _write_first(cache, new, layer)
+
     def local(cache, new, layer, slots_BT):
-        new = new.astype(cache.dtype)
-        if context.phase is Phase.PREFILL:  # every row starts at slot 0
-            start = (layer,) + (0,) * (cache.ndim - 1)
-            return jax.lax.dynamic_update_slice(cache, new[None], start)
         rows = jnp.arange(new.shape[0])[:, None]
+        new = new.astype(cache.dtype)
         return cache.at[layer, rows, slots_BT].set(new, mode="drop")
 
-    cache_spec, new_spec = (
-        jax.typeof(cache).sharding.spec,
-        jax.typeof(new).sharding.spec,
-    )
     positions = context.positions_BT
-    return jax.shard_map(
-        local,
-        in_specs=(cache_spec, new_spec, P(), P(batch_axes(positions), None)),
-        out_specs=cache_spec,
-    )(cache, new, layer, positions)
+    return _on_own_rows(local, cache, new, layer, positions)
+
+
+def _write_first(cache: Array, new: Array, layer: Int[Array, ""] | int) -> Array:
+    """`cache` with `new` in each row of a layer, from slot 0 on."""
+
+    def local(cache, new, layer):
+        start = (layer,) + (0,) * (cache.ndim - 1)
+        return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), start)
+
+    return _on_own_rows(local, cache, new, layer)
+
+
+def _on_own_rows(local: Callable, cache: Array, new: Array, layer, *of_rows) -> Array:
+    """`local` on each device's rows alone."""
+    specs = [jax.typeof(x).sharding.spec for x in (cache, new)]
+    rows = [P(batch_axes(x), *[None] * (x.ndim - 1)) for x in of_rows]
+    return jax.shard_map(local, in_specs=(*specs, P(), *rows), out_specs=specs[0])(
+        cache, new, layer, *of_rows
+    )
 
 
 def read(cache: Float[Array, "Y ..."], layer: Int[Array, ""]) -> Float[Array, "..."]:

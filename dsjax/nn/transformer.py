@@ -20,10 +20,10 @@ from dsjax.nn.dropping import Dropping
 from dsjax.nn.embedding import look_up
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
-from dsjax.nn.options import FLOAT32, Build, Precision, Remat
+from dsjax.nn.options import FLOAT32, Build, Precision, Remat, layer_input
 from dsjax.nn.router import Routing
-from dsjax.nn.weights import batch_axes, flat, shardings, use
-from dsjax.sharding import Sharding, fit, make_mesh
+from dsjax.nn.weights import batch_axes, facing, flat, shardings, use
+from dsjax.sharding import Sharding, axes_of, fit, make_mesh
 
 Given = Array | np.ndarray  # what callers may hand in
 
@@ -219,12 +219,19 @@ class Transformer(nnx.Module):
 
     def head(self, normed_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of a state that has its norm behind it."""
-        return jnp.einsum(
+        head_VD = self.head_weight()
+        logits_BTV = jnp.einsum(
             "BTD,VD->BTV",
-            normed_BTD,
-            self.head_weight(),
+            facing(normed_BTD, head_VD),
+            head_VD,
             preferred_element_type=jnp.float32,
         )
+        vocabulary = tuple(
+            axis
+            for axis in axes_of(jax.typeof(head_VD).sharding.spec[0])
+            if axis not in axes_of(batch_axes(normed_BTD))
+        )
+        return reshard(logits_BTV, P(batch_axes(normed_BTD), None, vocabulary or None))
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The head's matrix in the compute dtype, gathered but for `tensor`, which cuts
@@ -278,7 +285,7 @@ def _scan(
         x_BTD, cache = carry
         weights, index = inputs
         block = nnx.merge(graph, weights)
-        x_BTD, cache, routing = block(x_BTD, context, cache, index)
+        x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 
     (x_BTD, cache), routing = jax.lax.scan(

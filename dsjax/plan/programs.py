@@ -23,7 +23,7 @@ from dsjax.nn.cache import Cache, empty_cache
 from dsjax.nn.options import Precision, Remat
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import batch_axes
-from dsjax.sharding import Sharding, fit
+from dsjax.sharding import SERVING, Sharding, fit
 from dsjax.train.objective import Objective
 from dsjax.train.optimizer import AdamW
 from dsjax.train.step import Rates, init_state, make_step
@@ -204,7 +204,10 @@ def _inference(
     """`run(model, *inputs)`, the model's weights an argument. MTP is no part of it."""
     precision = Precision(params=jnp.bfloat16)
     config = replace(work.config, mtp=False)
-    model = Transformer.abstract(config, mesh=mesh, precision=precision)
+    sharding = SERVING if work.mode is Mode.DECODE else Sharding()
+    model = Transformer.abstract(
+        config, mesh=mesh, precision=precision, sharding=sharding
+    )
     graph, state = nnx.split(model)
 
     def program(state: nnx.State, *inputs):

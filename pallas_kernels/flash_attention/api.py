@@ -19,9 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import note_choice
 from pallas_kernels.flash_attention import cudnn, pallas_tpu, reference
-from pallas_kernels.flash_attention.reference import Visible, hide, softmax
-
-__all__ = ["KEPT", "flash_attention", "hide", "softmax"]
+from pallas_kernels.flash_attention.reference import Visible
 
 KERNELS = {"splash": pallas_tpu, "cudnn": cudnn}
 PLATFORMS = {"tpu": "splash", "cuda": "cudnn"}

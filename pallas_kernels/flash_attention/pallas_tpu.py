@@ -28,7 +28,10 @@ from jaxtyping import Array, Float
 from pallas_kernels.flash_attention import work
 from pallas_kernels.flash_attention.reference import Visible
 
-LARGEST = 1024  # queries or keys of a block; 2048 of them overflow v5p's default VMEM
+LARGEST = 1024  # queries or keys of a block
+BLOCK_BYTES = (
+    768 * 1024
+)  # of a block's keys and values: as much as fits in 16 MiB of VMEM
 STEP = 2**16  # about 0.2 us of a v5p: assumed, not measured
 LANES = 128
 
@@ -42,18 +45,21 @@ def lacks(q: Array, k: Array, v: Array, visible: Visible) -> str:
     return ""
 
 
-def block_size(length: int) -> int:
+def block_size(length: int, sizes: tuple[int, int], bytes_each: int) -> int:
     """Queries, and keys, of a block: what makes the least of all blocks visited.
 
     Large blocks do more in vain, on the diagonal and behind the last token; small ones
-    cost grid steps, each of them as much as STEP pairs of query and key.
+    cost grid steps, each of them as much as STEP pairs of query and key. `sizes` are
+    those of a key and of a value.
     """
+    lanes = sum(-(-size // LANES) * LANES for size in sizes)
+    largest = LARGEST if LARGEST * lanes * bytes_each <= BLOCK_BYTES else LARGEST // 2
 
     def cost(size: int) -> int:
         blocks = -(-length // size)
         return blocks * (blocks + 1) // 2 * (size**2 + STEP)
 
-    return min(range(LANES, LARGEST + 1, LANES), key=cost)
+    return min(range(LANES, largest + 1, LANES), key=cost)
 
 
 def forward(
@@ -66,8 +72,10 @@ def forward(
 ) -> tuple[Float[Array, "B T K G U"], Float[Array, "B T K G"]]:
     """softmax(scale * q k) v, and its log-sum-exp in float32."""
 
+    size = _block(q_BTKGH, v_BTKU)
+
     def row(part):
-        (q, k, v, segments), (length, size) = part, _blocks(part)
+        q, k, v, segments = part
         call = functools.partial(
             splash._splash_attention_forward,
             **_options(size),
@@ -75,10 +83,10 @@ def forward(
             sinks=None,
         )
         call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
-        out_NTU, (lse_NT,) = call(_seen_by_queries(length, size), q, k, v, segments)
+        out_NTU, (lse_NT,) = call(_seen_by_queries(q.shape[1], size), q, k, v, segments)
         return out_NTU, lse_NT
 
-    results = jax.lax.map(row, _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale))
+    results = jax.lax.map(row, _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale, size))
     out_BTNU, lse_BTN = (_tokens_first(x, q_BTKGH.shape[1]) for x in results)
     out_BTKGU = out_BTNU.reshape(*q_BTKGH.shape[:-1], -1)
     return out_BTKGU, lse_BTN.reshape(q_BTKGH.shape[:-1])
@@ -97,9 +105,11 @@ def backward(
 ) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"], Float[Array, "B T K U"]]:
     """The gradients of q, k and v, from what `forward` gave."""
 
+    size = _block(q_BTKGH, v_BTKU)
+
     def row(part):
         operands, kept = part
-        (q, k, v, segments), (length, size) = operands, _blocks(operands)
+        q, k, v, segments = operands
 
         def call(dq_mask, dkv_mask, q, k, v, segments, out, lse, dout):
             kept = (q, k, v, segments, None, out, lse, dq_mask, dkv_mask)
@@ -107,25 +117,23 @@ def backward(
             return splash._splash_attention_bwd(**options, res=kept, do=dout)[3:6]
 
         call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
-        masks = _seen_by_queries(length, size), _seeing_keys(length, size)
+        masks = (make(q.shape[1], size) for make in (_seen_by_queries, _seeing_keys))
         return call(*masks, *operands, *kept)
 
     B, T, K, G, H = q_BTKGH.shape
     kept = [
-        _heads_first(x.reshape(B, T, K * G, *x.shape[4:]))
+        _heads_first(x.reshape(B, T, K * G, *x.shape[4:]), size)
         for x in (out_BTKGU, lse_BTKG, dout_BTKGU)
     ]
-    operands = _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale)
+    operands = _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale, size)
     gradients = jax.lax.map(row, (operands, kept))
     dq_BTNH, dk_BTKH, dv_BTKU = (_tokens_first(x, T) for x in gradients)
     dq_BTNH = _scaled(dq_BTNH, scale)
     return dq_BTNH.reshape(B, T, K, G, H), dk_BTKH, dv_BTKU
 
 
-def _blocks(operands) -> tuple[int, int]:
-    """The padded length of `_operands`' parts, and the size of its blocks."""
-    length = operands[0].shape[1]
-    return length, block_size(length)
+def _block(q: Array, v: Array) -> int:
+    return block_size(q.shape[1], (q.shape[-1], v.shape[-1]), q.dtype.itemsize)
 
 
 def _options(size: int) -> dict:
@@ -175,34 +183,35 @@ def _mask(query, key, taken, length) -> mask_info.MaskInfo:
     )
 
 
-def _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale):
+def _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale, size):
     """As splash takes them: scaled queries, heads before tokens, whole blocks."""
     B, T, K, G, H = q_BTKGH.shape
     q_BTNH = _scaled(q_BTKGH, scale).reshape(B, T, K * G, H)
     segments = visible.segments_BT
     if segments is not None:
-        segments = _whole_blocks(segments, 1)
+        segments = _whole_blocks(segments, 1, size)
         segments = splash.SegmentIds(q=segments, kv=segments)
-    return *map(_heads_first, (q_BTNH, k_BTKH, v_BTKU)), segments
+    return *(_heads_first(x, size) for x in (q_BTNH, k_BTKH, v_BTKU)), segments
 
 
 def _scaled(x: Array, scale: float) -> Array:
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def _heads_first(x: Array) -> Array:
+def _heads_first(x: Array, size: int) -> Array:
     """[B, T, heads, ...] -> [B, heads, T in whole blocks, ...]."""
-    return _whole_blocks(x.swapaxes(1, 2), 2)
+    return _whole_blocks(x.swapaxes(1, 2), 2, size)
 
 
 def _tokens_first(x: Array, length: int) -> Array:
     return x.swapaxes(1, 2)[:, :length]
 
 
-def _whole_blocks(x: Array, axis: int) -> Array:
+def _whole_blocks(x: Array, axis: int, size: int) -> Array:
     """Zeros behind the tokens: no real query sees them, and nothing comes from them."""
-    padding = -x.shape[axis] % block_size(x.shape[axis])
-    return jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % size)
+    return jnp.pad(x, padding)
 
 
 def _with_estimates(function: Callable, estimates: dict) -> Callable:

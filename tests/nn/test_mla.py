@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsjax import models
 from dsjax.config import Mla, Rope, Yarn
-from dsjax.nn.cache import Context, Phase, empty_cache
+from dsjax.nn.cache import Context, LatentCache, Phase, empty_cache
 from dsjax.nn.mla import MultiHeadLatentAttention
 from dsjax.nn.options import FLOAT32, Build
 from dsjax.sharding import Sharding
@@ -36,9 +36,11 @@ def test_absorbed_equals_expanded(mesh, rng, q_rank, scaling):
     mla = attention(q_rank, scaling)
     x = jnp.asarray(rng.standard_normal((2, 20, D)), jnp.float32)
     context = Context(positions_BT=jnp.broadcast_to(jnp.arange(20), (2, 20)))
-    q, latents = mla.queries(x, context), mla.latents(x, context)
-    expanded = mla.expanded(*q, *latents, context.sight())
-    absorbed = mla.absorbed(*q, *latents, context.sight())
+    q, latents = mla.queries(x), mla.latents(x, context)
+    expanded = mla.expanded(*q, *latents, context)
+    latent, rope = latents
+    cache = LatentCache(latent_YBSL=latent[None], rope_YBRS=rope.swapaxes(1, 2)[None])
+    absorbed = mla.absorbed(*q, cache, 0, context)
     assert expanded.std() > 0.3
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)
 
@@ -68,7 +70,7 @@ def test_slots_past_the_end_are_dropped(mesh, rng):
     context = Context(positions_BT=jnp.array([[4], [3]]), phase=Phase.DECODE)
     stack = cache.segments[1]
     stack = type(stack)(
-        latent_YBSL=jnp.full((2, 2, 4, 32), 7.0), rope_YBSR=jnp.full((2, 2, 4, 8), 7.0)
+        latent_YBSL=jnp.full((2, 2, 4, 32), 7.0), rope_YBRS=jnp.full((2, 2, 8, 4), 7.0)
     )
     _, after = mla(x, context, stack, jnp.int32(1))
     changed = np.asarray((after.latent_YBSL != 7.0).any(axis=-1))

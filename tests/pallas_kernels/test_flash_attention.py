@@ -116,7 +116,7 @@ def test_cut_by_a_mesh(rng):
 @pytest.mark.parametrize("segments", [False, True])
 def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments):
     """Blocks of 128 here, so that there are several of them to a side."""
-    monkeypatch.setattr(pallas_tpu, "block_size", lambda length: 128)
+    monkeypatch.setattr(pallas_tpu, "block_size", lambda *_: 128)
     _, T, K, G, H, U = shape
     arrays = operands(rng, (*shape, segments), jnp.float32)
     with interpreted() as copies:
@@ -139,7 +139,7 @@ def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments):
 
 def test_a_block_on_the_diagonal_is_the_only_waste():
     for length in (1024, 2048, 4096, 8192, 131072):
-        block = pallas_tpu.block_size(length)
+        block = pallas_tpu.block_size(length, (192, 128), 2)
         assert length % block == 0
         done = work.count(
             "fwd",
@@ -154,7 +154,7 @@ def test_a_block_on_the_diagonal_is_the_only_waste():
 
 @pytest.mark.parametrize("length", [1, 127, 129, 513, 600, 1000, 4097, 8191])
 def test_blocks_pad_little(length):
-    block = pallas_tpu.block_size(length)
+    block = pallas_tpu.block_size(length, (192, 128), 2)
     padded = -(-length // block) * block
     assert block % 128 == 0 and padded < 1.1 * length + 128
 
@@ -266,6 +266,7 @@ MODELS = {  # B, T, K, G, H, U, segments of one device
     "llm 67b training": (1, 4096, 8, 8, 128, 128, False),
     "v2 prefill of an odd length": (1, 5003, 16, 1, 192, 128, False),
     "v3 long": (1, 131072, 2, 1, 192, 128, True),
+    "widest heads": (1, 4096, 4, 1, 256, 256, True),
     "tiny": (2, 16, 4, 1, 24, 16, False),
 }
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")

@@ -1,0 +1,189 @@
+"""The face of absorbed MLA decoding: what it computes, and who computes it where.
+
+Letters: B rows, T new tokens of each (1 to 4), N heads, L latent, R rope, Y layers, X rows
+or pages of the cache, Z slots of one, P pages of a row.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import note_choice
+from pallas_kernels.mla_decode import pallas_tpu, reference
+
+IMPLEMENTATIONS = ("reference", "pallas_tpu")
+
+
+def mla_decode(
+    q_BTNL: Float[Array, "B T N L"],
+    q_BTNR: Float[Array, "B T N R"],
+    latent_YXZL: Float[Array, "Y X Z L"],
+    rope_YXRZ: Float[Array, "Y X R Z"],
+    lengths_B: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+    scale: float,
+    pages_BP: Int[Array, "B P"] | None = None,
+    softmax_dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
+    """Attention on cached latents (DeepSeek-V2, section 2.1.2): softmax(scale * s) c with
+    s = q_L c + q_R k, and its log-sum-exp in float32.
+
+    The cache is that of all layers, of which `layer` is read; no copy of it is made. Its
+    rotary part has the slots last: as [.., Z, 64] a TPU would pad it to twice its size.
+    Row b has `lengths` slots filled, the new tokens' own among them: token t of T sees
+    the first lengths - T + 1 + t. With `pages`, page p of a row holds its slots from
+    p * Z on, and is `pages[b, p]` of the cache; the entries behind a row's length are
+    never used.
+
+    What only run-time values show: lengths are taken to be at least 0 and at most the
+    slots there are. A token that sees nothing gets zeros and a log-sum-exp of -inf.
+    Pages outside the cache are the caller's mistake, clipped to its first and last.
+
+    On a mesh of Explicit axes, rows and heads may be cut, and with the rows the cache,
+    unless it is paged. Results have the dtype of `q`. There is no gradient.
+
+    `implementation`: "pallas_tpu" is for queries and cache of one dtype, bfloat16 or
+    float32, a latent that 128 divides, a rotary part that 16 divides, rows or pages of
+    slots that 128 divides, at most 512 queries (T N) a row; "reference" is plain JAX.
+    None takes the kernel on a TPU where it can, else the reference, and says so once.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the implementation is unknown.
+        NotImplementedError: the kernel was named and does not take this.
+    """
+    _check(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, pages_BP)
+    dtype = jnp.dtype(softmax_dtype)
+    lacking = "" if dtype == jnp.float32 else f"a softmax in {dtype}"
+    lacking = lacking or pallas_tpu.lacks(q_BTNL, q_BTNR, latent_YXZL, pages_BP)
+    run = _choose(
+        "mla_decode",
+        implementation,
+        lacking,
+        plain=functools.partial(reference.decode, scale=scale, dtype=dtype),
+        kernel=functools.partial(pallas_tpu.decode, scale=scale),
+    )
+    q, out = P(*_cut(q_BTNL)), P(*_cut(q_BTNL)[:3])
+    cache, lengths, pages = _cut_cache(q[0], pages_BP)
+    run = _on_each_device(
+        run, q_BTNL, (q, q, cache, cache, lengths, P(), pages), (q, out)
+    )
+    layer = jnp.asarray(layer, jnp.int32)
+    return run(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, layer, pages_BP)
+
+
+def append(
+    rope_YXRZ: Float[Array, "Y X R Z"],
+    new_BTR: Float[Array, "B T R"],
+    first_B: Int[Array, " B"],
+    *,
+    layer: Int[Array, ""] | int,
+    pages_BP: Int[Array, "B P"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "Y X R Z"]:
+    """The rotary cache with T tokens' entries of one layer, from slot `first` of a row on.
+
+    Entries behind a row's last slot are dropped. In place, where the cache is donated or
+    carried by a loop: on a TPU, XLA's own way to write a column has the whole cache
+    turned round and back for it. Arguments as in `mla_decode`; paged, rows may not be
+    cut. `implementation`: the kernel takes 128 tokens at most.
+
+    Raises:
+        ValueError: shapes do not fit, or the implementation is unknown.
+        NotImplementedError: the kernel was named and does not take this.
+    """
+    if new_BTR.ndim != 3 or new_BTR.shape[-1] != rope_YXRZ.shape[2]:
+        raise ValueError(f"entries {new_BTR.shape} for a cache {rope_YXRZ.shape}")
+    run = _choose(
+        "mla_decode.append",
+        implementation,
+        pallas_tpu.lacks_append(rope_YXRZ, new_BTR),
+        plain=reference.append,
+        kernel=pallas_tpu.append,
+    )
+    new = P(_cut(new_BTR)[0], None, None)
+    if pages_BP is not None and new[0] is not None:
+        raise ValueError(f"rows cut along {new[0]!r}, pages are not")
+    cache, first, pages = _cut_cache(new[0], pages_BP)
+    run = _on_each_device(run, new_BTR, (cache, new, first, P(), pages), cache)
+    return run(rope_YXRZ, new_BTR, first_B, jnp.asarray(layer, jnp.int32), pages_BP)
+
+
+def _choose(
+    operation: str,
+    implementation: str | None,
+    lacking: str,
+    *,
+    plain: Callable,
+    kernel: Callable,
+) -> Callable:
+    """What runs: the one that was named, else the kernel on TPUs unless it lacks."""
+    match implementation:
+        case "reference":
+            return plain
+        case "pallas_tpu" if lacking:
+            raise NotImplementedError(f"{operation}: pallas_tpu: {lacking}")
+        case "pallas_tpu":
+            return kernel
+        case None:
+            note_choice(operation, {"tpu": "pallas_tpu"}, {"tpu": lacking})
+            if lacking:
+                return plain
+            return functools.partial(
+                jax.lax.platform_dependent, tpu=kernel, default=plain
+            )
+        case _:
+            raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")
+
+
+def _cut(x: Array) -> tuple:
+    """The mesh axes that cut each dimension."""
+    return (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[: x.ndim]
+
+
+def _cut_cache(rows, pages: Array | None) -> tuple[P, P, P | None]:
+    """How the cache, numbers of rows, and pages are cut, where rows are."""
+    if pages is None:
+        return P(None, rows, None, None), P(rows), None
+    return P(None, None, None, None), P(rows), P(rows, None)
+
+
+def _on_each_device(run: Callable, x: Array, in_specs, out_specs) -> Callable:
+    """`run` on each device's own rows and heads, where `x` lies on a mesh."""
+    if AxisType.Explicit not in jax.typeof(x).sharding.mesh.axis_types:
+        return run
+    return jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _check(q_latent, q_rope, latent, rope, lengths, pages) -> None:
+    queries, caches = (q_latent, q_rope), (latent, rope)
+    shapes = ", ".join(str(x.shape) for x in (*queries, *caches, lengths))
+    if any(x.ndim != 4 for x in (*queries, *caches)) or lengths.ndim != 1:
+        raise ValueError(f"ranks of {shapes}: not 4, 4, 4, 4, 1")
+    if q_latent.shape[:3] != q_rope.shape[:3] or len(q_latent) != len(lengths):
+        raise ValueError(
+            f"rows, tokens or heads of queries and lengths differ: {shapes}"
+        )
+    layers, rows, slots, size = latent.shape
+    if rope.shape != (layers, rows, q_rope.shape[-1], slots):
+        raise ValueError(f"latent and rotary cache differ, or [.., slots, R]: {shapes}")
+    if size != q_latent.shape[-1]:
+        raise ValueError(f"latents of queries and cache differ: {shapes}")
+    if q_latent.dtype != q_rope.dtype or latent.dtype != rope.dtype:
+        raise ValueError(
+            f"dtypes differ: {[x.dtype.name for x in (*queries, *caches)]}"
+        )
+    if pages is None and rows != len(lengths):
+        raise ValueError(f"{rows} rows of cache for {len(lengths)}, and no pages")
+    if pages is not None and (pages.ndim != 2 or len(pages) != len(lengths)):
+        raise ValueError(f"pages of {pages.shape} for {len(lengths)} rows")
+    for name, x in {"lengths": lengths, "pages": pages}.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} of {x.dtype} are no integers")
