@@ -160,6 +160,9 @@ def test_kernels_say_what_they_cost():
     )
     found = of(kernel, shaped(8, 128))
     assert (found.products, found.traffic) == (1000, 2000)
+    silent = pl.pallas_call(lambda x, y: None, out_shape=shaped(8, 128), name="silent")
+    assert of(silent, shaped(8, 128)).uncounted == {"silent"}
+    assert found.uncounted == frozenset()
 
 
 @pytest.mark.parametrize(("sequences", "rows"), [("1", 64 * 4), ("1/8", 64 * 4 / 4)])
