@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import dsjax
@@ -93,6 +94,7 @@ def parser() -> Parser:
         _add_quickstart,
         _add_train,
         _add_inspect,
+        _add_plan,
         _add_tokenize,
         _add_convert,
         _add_export,
@@ -267,6 +269,94 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         help="positions that a token attends to, for its FLOPs (default: 4096)",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+# --- plan
+
+
+def _plan(args: argparse.Namespace) -> None:
+    """Compile a model for a pod that is not here: memory, FLOPs, collectives, bounds.
+
+    Runs on any CPU. Needs the TPU compiler (pip install 'dsjax[tpu]') or, for h200, the
+    CUDA plug-in.
+    """
+    from dsjax.plan import environment
+
+    environment.prepare()
+    from dsjax.plan.command import plan
+
+    plan(args)
+
+
+def _sequences(text: str) -> Fraction:
+    try:
+        number = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    command = _command(
+        commands,
+        _plan,
+        example="dsjax plan v3 --topology v5p:8x8x8 --mode train --mesh "
+        "fsdp=64,expert=8 --batch-per-device 1 --length 2048",
+    )
+    command.add_argument("model", help="a published name, or a checkpoint directory")
+    command.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5e:4x4, v5p:8x8x8, v6e:8x8, tpu7x:2x2x2 (chips) or h200:8",
+    )
+    command.add_argument(
+        "--mode",
+        choices=("train", "prefill", "decode"),
+        default="train",
+        help="(default: train)",
+    )
+    command.add_argument(
+        "--mesh",
+        metavar="AXIS=N,...",
+        help="devices along data, fsdp, expert, tensor; auto compiles the most promising "
+        "and ranks them (default: the most promising by estimate)",
+    )
+    command.add_argument(
+        "--batch-per-device",
+        type=_sequences,
+        default=Fraction(1),
+        metavar="N",
+        help="sequences, times all devices; 1/8 is one for eight devices (default: 1)",
+    )
+    command.add_argument(
+        "--length",
+        type=_positive,
+        metavar="TOKENS",
+        help="of a sequence, or of the cache (default: 4096, or all the model can see)",
+    )
+    train = command.add_argument_group("training")
+    train.add_argument(
+        "--remat",
+        default="full",
+        metavar="WHAT",
+        help="computed again instead of kept: none, full, v3, ... (default: full)",
+    )
+    train.add_argument(
+        "--no-mtp", action="store_true", help="leave the MTP module untrained"
+    )
+    train.add_argument(
+        "--moments",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="the optimizer's (default: bfloat16)",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--hlo", metavar="FILE", help="also write the compiled program there"
+    )
 
 
 # --- tokenize

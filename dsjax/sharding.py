@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,13 +30,15 @@ BATCH = ("data", "fsdp", "expert")
 class Sharding:
     """PartitionSpecs of weights (by their attribute's letters) and of activations.
 
+    `storage`: axes along which a weight merely rests cut, and is gathered for its use.
+
     Letters: V vocabulary, D model, N heads, K key-value heads, G query heads of one of
     them, H head size, Q query latent, L latent, C latent + rotary key, E experts, F
     feed-forward width, M two times D, B batch, T length.
     """
 
-    embedding_VD: P = P(REST, "tensor")
-    head_VD: P = P("tensor", REST)
+    embedding_VD: P = P(("tensor", "fsdp"), "expert")
+    head_VD: P = P(("tensor", "fsdp"), "expert")
     norm: P = P()
     q_KGHD: P = P("tensor", None, None, REST)
     kv_KHD: P = P("tensor", None, REST)
@@ -56,6 +59,37 @@ class Sharding:
     expert_out_EDF: P = P("expert", "fsdp", "tensor")
     mtp_DM: P = P(REST, None)
     tokens_BT: P = P(BATCH, None)
+    storage: tuple[str, ...] = REST
+
+
+_MODEL = ("tensor", "expert")
+
+# For decoding on a large mesh: no weight is gathered, since few tokens would not pay for
+# it. `expert` cuts heads, widths and the vocabulary, as `tensor` does; tokens are
+# gathered along it where they meet those, and attention itself stays with its rows.
+SERVING = Sharding(
+    embedding_VD=P(_MODEL, None),
+    head_VD=P(_MODEL, None),
+    q_KGHD=P("tensor", None, None, None),
+    kv_KHD=P("tensor", None, None),
+    o_DKGH=P(None, "tensor", None, None),
+    q_bias_KGH=P("tensor", None, None),
+    kv_bias_KH=P("tensor", None),
+    q_NHD=P(_MODEL, None, None),
+    q_down_QD=P(_MODEL, None),
+    q_up_NHQ=P(_MODEL, None, None),
+    kv_down_CD=P(_MODEL, None),
+    kv_up_NHL=P(_MODEL, None, None),
+    o_DNH=P(None, _MODEL, None),
+    in_FD=P(_MODEL, None),
+    out_DF=P(None, _MODEL),
+    router_ED=P(None, None),
+    router_bias_E=P(None),
+    expert_in_EFD=P("expert", "tensor", None),
+    expert_out_EDF=P("expert", None, "tensor"),
+    mtp_DM=P(None, None),
+    storage=(),
+)
 
 
 def make_mesh(
@@ -79,14 +113,21 @@ def make_mesh(
             f"mesh {dict(zip(AXES, shape))} needs {need} devices, "
             f"{len(devices)} are here"
         )
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Explicit,) * 4, devices=devices[:need]
+    # An axis may be a part of a torus's dimension: on 8 x 8 x 8 chips one of 4, say.
+    placed = mesh_utils.create_device_mesh(
+        shape, devices[:need], allow_split_physical_axes=True
     )
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
 def parse_mesh(text: str) -> Mesh:
     """A mesh from "fsdp=2,expert=4" (any subset of the axes; an empty text is the mesh
     of ones)."""
+    return make_mesh(**parse_sizes(text))
+
+
+def parse_sizes(text: str) -> dict[str, int]:
+    """The sizes of a mesh's axes from "fsdp=2,expert=4"."""
     sizes = {}
     for item in filter(None, text.split(",")):
         axis, _, size = item.partition("=")
@@ -96,7 +137,7 @@ def parse_mesh(text: str) -> Mesh:
                 f"with AXIS one of {', '.join(AXES)}"
             )
         sizes[axis] = int(size)
-    return make_mesh(**sizes)
+    return sizes
 
 
 def axes_of(*entries: str | tuple[str, ...] | None) -> tuple[str, ...]:

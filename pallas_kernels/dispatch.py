@@ -8,19 +8,6 @@ import jax
 log = logging.getLogger("pallas_kernels")
 
 
-@functools.cache
-def note_reference(operation: str, platform: str) -> None:
-    """Logs one line the first time `operation` runs as plain JAX on `platform`, "gpu" or
-    "tpu", where a kernel belongs.
-
-    Only on that platform. The choice itself follows the platform that is compiled for;
-    this is for the person who waits.
-    """
-    if jax.default_backend() == platform:
-        device = jax.devices()[0].device_kind
-        log.warning("%s: no kernel for %s, plain JAX is used", operation, device)
-
-
 def note_choice(
     operation: str, kernels: dict[str, str], lacking: dict[str, str]
 ) -> None:

@@ -38,8 +38,9 @@ from dsjax.nn.rows import (
 from dsjax.sharding import AXES
 
 AXIS = "expert"
-SLACK = 1.5
-CHUNK_BYTES = 2**29  # of rows that even routing brings to a device
+SLACK = 1.25
+TILE = 128  # the room is a multiple of it, or rows are copied for their alignment
+CHUNK_BYTES = 2**28  # of rows that even routing brings to a device
 
 Experts = Callable[..., Float[Array, "N D"]]
 Weights = tuple[Array, ...]
@@ -124,7 +125,8 @@ def _plan(chosen_Nk: Array, config: Moe) -> _Plan:
     (N, k), P = chosen_Nk.shape, jax.lax.axis_size(AXIS)
     apiece = config.num_experts // P
     most, at_once = destinations(config, P), min(k, apiece)
-    room = min(-(-math.ceil(SLACK * N * k) // 8) * 8 + at_once, P * N * at_once)
+    room = math.ceil((SLACK * N * k + at_once) / TILE) * TILE
+    room = min(room, P * N * at_once)
 
     device_Nk = jnp.where(chosen_Nk < config.num_experts, chosen_Nk // apiece, P)
     device_Nk = jnp.sort(device_Nk, axis=1)

@@ -9,6 +9,9 @@ Letters: B batch, T length, D model, E experts, F expert width, k chosen experts
 tokens, M rows (a token's row for each of its experts), R experts of a token at most.
 """
 
+import enum
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -18,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import Moe
 from dsjax.nn import cache as kv
 from dsjax.nn.dispatch import dispatched
+from dsjax.nn.feed_forward import SwiGlu, swiglu
 from dsjax.nn.options import Build, keep
 from dsjax.nn.router import Routing
 from dsjax.nn.rows import (
@@ -28,9 +32,9 @@ from dsjax.nn.rows import (
     sorted_places,
     sum_rows,
 )
-from dsjax.nn.weights import batch_axes, use
+from dsjax.nn.weights import batch_axes, cast
 from dsjax.sharding import axes_of
-from pallas_kernels.grouped_matmul.api import grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 
 Weights = tuple[Array, Array, Array]  # gate [E, F, D], up [E, F, D], down [E, D, F]
 
@@ -47,38 +51,49 @@ class Experts(nnx.Module):
         self.down_EDF = build.weight((E, D, F), sharding.expert_out_EDF)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], routing: Routing, phase: kv.Phase
+        self,
+        x_BTD: Float[Array, "B T D"],
+        routing: Routing,
+        phase: kv.Phase,
+        shared: SwiGlu | None = None,
     ) -> Float[Array, "B T D"]:
-        """Each token's weighted sum over its chosen experts."""
+        """Each token's weighted sum over its chosen experts, plus the shared ones'."""
         weights = [
-            use(w, self.dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
+            cast(w, self.dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
         ]
-        in_EFD, _, out_EDF = (jax.typeof(w).sharding.spec for w in weights)
-        split, tensor = (name in axes_of(*in_EFD) for name in ("expert", "tensor"))
-        batch = batch_axes(x_BTD)
-        apart = split and "expert" in axes_of(batch)  # each device has its own tokens
-        rows = P(batch, None, None)
+        way, batch = _way(x_BTD, weights, phase), batch_axes(x_BTD)
+        within = () if shared is None else shared.weights()
+        if way is not _Way.ALL_SEE_ALL or not _cut_alike(weights[0], *within[:1]):
+            within = ()
+        in_EFD, _, out_EDF = specs = [jax.typeof(w).sharding.spec for w in weights]
+        tensor = _is_cut(in_EFD, "tensor")
 
-        def local(x_BTD, chosen_BTk, affinity_BTk, *weights):
-            rows = [
-                a.reshape(-1, a.shape[-1]) for a in (x_BTD, chosen_BTk, affinity_BTk)
-            ]
-            if not split:
-                y_ND = apply_experts(*rows, weights)
-            elif apart and phase is not kv.Phase.DECODE:
-                y_ND = dispatched(apply_experts, *rows, weights, self.config)
-            else:
-                y_ND = _all_see_all(*rows, weights, gather=apart)
+        def local(x_BTD, chosen_BTk, affinity_BTk, weights, within):
+            tokens = x_BTD, chosen_BTk, affinity_BTk
+            tokens = [a.reshape(-1, a.shape[-1]) for a in tokens]
+            weights = tuple(map(_gathered, weights, specs))
+            match way:
+                case _Way.HERE:
+                    y_ND = apply_experts(*tokens, weights)
+                case _Way.DISPATCHED:
+                    y_ND = dispatched(apply_experts, *tokens, weights, self.config)
+                case _Way.ALL_SEE_ALL:
+                    gather = "expert" in axes_of(batch)
+                    y_ND = _all_see_all(*tokens, weights, within, gather=gather)
             if tensor:
                 y_ND = jax.lax.psum(y_ND, "tensor")
             return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
 
-        return jax.shard_map(
+        rows = P(batch, None, None)
+        y_BTD = jax.shard_map(
             local,
-            in_specs=(rows, rows, rows, in_EFD, in_EFD, out_EDF),
+            in_specs=(rows, rows, rows, (in_EFD, in_EFD, out_EDF), _specs(within)),
             out_specs=rows,
             check_vma=False,
-        )(x_BTD, self._computed(routing), routing.weights_BTk, *weights)
+        )(x_BTD, self._computed(routing), routing.weights_BTk, tuple(weights), within)
+        if shared is not None and not within:
+            y_BTD += shared(x_BTD)
+        return y_BTD
 
     def _computed(self, routing: Routing) -> Int[Array, "B T k"]:
         """The chosen experts; a dropped choice names none that exists."""
@@ -88,19 +103,74 @@ class Experts(nnx.Module):
         return jnp.where(routing.kept_BTk, routing.indices_BTk, nowhere)
 
 
+class _Way(enum.Enum):
+    """How tokens meet their experts."""
+
+    HERE = "all experts are on this device"
+    DISPATCHED = "rows travel"
+    ALL_SEE_ALL = "each device sees the tokens of all, for its own experts"
+
+
+def _way(x_BTD: Array, weights: Sequence[Array], phase: kv.Phase) -> _Way:
+    if not _is_cut(jax.typeof(weights[0]).sharding.spec, "expert"):
+        return _Way.HERE
+    apart = "expert" in axes_of(batch_axes(x_BTD))  # each device has its own tokens
+    if apart and phase is not kv.Phase.DECODE:
+        return _Way.DISPATCHED
+    return _Way.ALL_SEE_ALL
+
+
+def _is_cut(spec: P, axis: str) -> bool:
+    size = jax.sharding.get_abstract_mesh().shape[axis]
+    return size > 1 and axis in axes_of(*spec)
+
+
+def _cut_alike(in_EFD: Array, *in_FD: Array) -> bool:
+    """Whether the shared experts' widths are cut along the axes of the routed ones: then
+    both partial sums are added up at once.
+    """
+    routed, *shared = (set(axes_of(*spec)) for spec in _specs((in_EFD, *in_FD)))
+    return bool(shared) and shared[0] == routed - {"fsdp"}
+
+
+def _specs(arrays: Sequence[Array]) -> tuple[P, ...]:
+    return tuple(jax.typeof(x).sharding.spec for x in arrays)
+
+
+def _gathered(weight: Array, spec: P) -> Array:
+    """A weight of the experts whole but for `expert` and `tensor`. Gathered by hand, its
+    gradient is scattered as it is summed; the compiler would sum all of it everywhere.
+    """
+    for dimension, entry in enumerate(spec):
+        if "fsdp" in axes_of(entry):
+            weight = jax.lax.all_gather(weight, "fsdp", axis=dimension, tiled=True)
+    return weight
+
+
 def _all_see_all(
-    x_ND: Array, chosen_Nk: Array, affinity_Nk: Array, weights: Weights, *, gather: bool
+    x_ND: Array,
+    chosen_Nk: Array,
+    affinity_Nk: Array,
+    weights: Weights,
+    shared: tuple[Array, ...],
+    *,
+    gather: bool,
 ) -> Float[Array, "N D"]:
     """Each device multiplies what its own experts were chosen for, of the tokens of all
-    devices of the axis; the partial sums are added up. Two collectives a layer, whatever
-    the routing: what counts where tokens are few.
+    devices of the axis; the partial sums are added up, those of its part of the shared
+    experts among them. Two collectives a layer, whatever the routing: what counts where
+    tokens are few.
     """
-    rows = x_ND, chosen_Nk, affinity_Nk
+    tokens = x_ND, chosen_Nk, affinity_Nk
     if gather:
-        rows = [jax.lax.all_gather(a, "expert", tiled=True) for a in rows]
-    x_ND, chosen_Nk, affinity_Nk = rows
+        tokens = [jax.lax.all_gather(a, "expert", tiled=True) for a in tokens]
+    x_ND, chosen_Nk, affinity_Nk = tokens
     here_Nk = chosen_Nk - jax.lax.axis_index("expert") * weights[0].shape[0]
-    y_ND = apply_experts(x_ND, here_Nk, affinity_Nk, weights)
+    expected = -(-chosen_Nk.size // jax.lax.axis_size("expert"))
+    y_ND = apply_experts(x_ND, here_Nk, affinity_Nk, weights, expected=expected)
+    if shared:
+        y_ND += swiglu(x_ND, *shared)
+    y_ND = y_ND.astype(x_ND.dtype)
     if gather:
         return jax.lax.psum_scatter(y_ND, "expert", tiled=True)
     return jax.lax.psum(y_ND, "expert")
@@ -118,52 +188,26 @@ def apply_experts(
     """The weighted sum over those of each token's experts that are here, in float32.
 
     `chosen` outside 0..E-1 names experts that are elsewhere. `most` bounds how many
-    choices are here in all (N k by default), `expected` is how many are likely.
+    choices are here in all, `expected` is how many are likely.
     """
     gate_EFD, up_EFD, down_EDF = weights
     (N, k), E = chosen_Nk.shape, gate_EFD.shape[0]
-    M, R = most or N * k, min(k, E)
+    R = min(k, E)
+    M = most or N * R
     expert_Nk = jnp.where((chosen_Nk >= 0) & (chosen_Nk < E), chosen_Nk, E)
     sizes_E = keep(count(expert_Nk, E))
-    place_Nk = keep(sorted_places(expert_Nk.reshape(-1), E, nowhere=M).reshape(N, k))
-    place_NR = keep(first_places(place_Nk, R, nowhere=M))
+    place_Nk = sorted_places(expert_Nk.reshape(-1), E, nowhere=M).reshape(N, k)
+    place_Nk = keep(place_Nk)
+    place_NR = first_places(place_Nk, R, nowhere=M)
     choice_M = keep(inverse(place_Nk.reshape(-1), M, nowhere=N * k))
     token_M = choice_M // k  # N for none
 
     x_MD = keep(gather_rows(x_ND, token_M, place_NR))
     affinity_M = gather_rows(affinity_Nk.reshape(-1), choice_M, place_Nk.reshape(-1, 1))
-    gate_MF = keep(_product(x_MD, gate_EFD, sizes_E))
-    up_MF = keep(_product(x_MD, up_EFD, sizes_E))
-    y_MD = _product(_hidden(gate_MF, up_MF, affinity_M), down_EDF, sizes_E)
+    # Weighed before the last product, which is linear: that costs no rounding of its
+    # own, and the gradient with respect to an affinity is a sum over F, not D.
+    options = {"expected_rows": expected}
+    gate_up = gate_EFD, up_EFD
+    h_MF = grouped_swiglu(x_MD, *gate_up, sizes_E, scale_M=affinity_M, **options)
+    y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, **options)
     return sum_rows(y_MD, place_NR, token_M)
-
-
-@jax.checkpoint
-def _hidden(gate_MF: Array, up_MF: Array, affinity_M: Array) -> Array:
-    """SwiGLU's product times the affinity: before the last product, which is linear, it
-    costs no rounding of its own. The gradient keeps the operands alone.
-    """
-    gate, up = (x.astype(jnp.float32) for x in (gate_MF, up_MF))
-    return (jax.nn.silu(gate) * up * affinity_M[:, None]).astype(gate_MF.dtype)
-
-
-@jax.custom_vjp
-def _product(x_MK: Array, w_GNK: Array, sizes_G: Array) -> Array:
-    """`grouped_matmul` that keeps only its operands for the gradient.
-
-    It has a branch for each platform; by themselves all would keep what theirs needs.
-    """
-    return grouped_matmul(x_MK, w_GNK, sizes_G)
-
-
-def _product_forward(x_MK, w_GNK, sizes_G):
-    return grouped_matmul(x_MK, w_GNK, sizes_G), (x_MK, w_GNK, sizes_G)
-
-
-def _product_backward(saved, dy_MN):
-    x_MK, w_GNK, sizes_G = saved
-    _, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_G), x_MK, w_GNK)
-    return *back(dy_MN), None
-
-
-_product.defvjp(_product_forward, _product_backward)

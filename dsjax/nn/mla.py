@@ -4,20 +4,27 @@ Letters: B batch, T length, S cache slots, D model, N heads, H the head part at 
 query latent, L latent, R rotary part, C latent + rotary part.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import Mla, Yarn
 from dsjax.nn import cache as kv
-from dsjax.nn.attention import Sight, attend
+from dsjax.nn.attention import attend
+from dsjax.nn.groups import groups, in_groups
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
-from dsjax.nn.weights import batch_axes, use
+from dsjax.nn.weights import batch_axes, facing, use, whole
+from dsjax.sharding import axes_of
 from pallas_kernels.mla_decode.api import mla_decode
+
+EXPANDED_BYTES = 2**29  # of all heads' keys and values that exist on a device at once
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -58,45 +65,70 @@ class MultiHeadLatentAttention(nnx.Module):
         layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], kv.LatentCache | None]:
         """The layer's contribution to the residual stream, and the cache it wrote."""
-        q_BTNH, q_BTNR = self.queries(x_BTD, context)
+        rows = P(batch_axes(x_BTD), None, None)
+        q_BTQ = self.query_latents(x_BTD)
         c_BTL, k_BTR = self.latents(x_BTD, context)
         if cache is not None:
             cache = cache.written(c_BTL, k_BTR, layer, context)
         if context.phase is kv.Phase.DECODE:
-            out_BTNH = self.absorbed(q_BTNH, q_BTNR, cache, layer, context)
+            out_BTNH = self.absorbed(*self.queries(q_BTQ), cache, layer, context)
         else:
-            out_BTNH = self.expanded(q_BTNH, q_BTNR, c_BTL, k_BTR, context.sight())
+            out_BTNH = self._expanded_in_groups(q_BTQ, c_BTL, k_BTR, context)
         y_BTD = jnp.einsum(
-            "BTNH,DNH->BTD",
-            out_BTNH,
-            use(self.o_DNH, self.dtype),
-            out_sharding=P(batch_axes(x_BTD), None, None),
+            "BTNH,DNH->BTD", out_BTNH, use(self.o_DNH, self.dtype), out_sharding=rows
         )
         return y_BTD, cache
 
-    def queries(
-        self, x_BTD: Float[Array, "B T D"], context: kv.Context
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
-        """Each head's query: the part without position, and the rotated part."""
+    def query_latents(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Q"]:
+        """What the queries are made of: their latent, before its norm, or `x` itself."""
         if self.config.q_rank is None:
-            q = jnp.einsum("BTD,NHD->BTNH", x_BTD, use(self.q_NHD, self.dtype))
-            q = keep(q)
+            return x_BTD
+        down_QD = use(self.q_down_QD, self.dtype)
+        return whole(keep(jnp.einsum("BTD,QD->BTQ", facing(x_BTD, down_QD), down_QD)))
+
+    def queries(
+        self, q_BTQ: Float[Array, "B T Q"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
+        """Each head's query: the part without position, and the part to be rotated. Cut
+        as the heads are.
+        """
+        if self.config.q_rank is None:
+            q_NHD = use(self.q_NHD, self.dtype)
+            q = keep(jnp.einsum("BTD,NHD->BTNH", facing(q_BTQ, q_NHD), q_NHD))
         else:
-            down_QD = use(self.q_down_QD, self.dtype)
-            c_BTQ = self.q_norm(keep(jnp.einsum("BTD,QD->BTQ", x_BTD, down_QD)))
-            q = jnp.einsum("BTQ,NHQ->BTNH", c_BTQ, use(self.q_up_NHQ, self.dtype))
-        nope, rope = jnp.split(q, [self.config.nope_dim], axis=-1)
-        return nope, rotate(rope, context.positions_BT, self.config.rope)
+            up_NHQ = use(self.q_up_NHQ, self.dtype)
+            q = jnp.einsum("BTQ,NHQ->BTNH", self.q_norm(q_BTQ), up_NHQ)
+        return tuple(jnp.split(q, [self.config.nope_dim], axis=-1))
 
     def latents(
         self, x_BTD: Float[Array, "B T D"], context: kv.Context
     ) -> tuple[Float[Array, "B T L"], Float[Array, "B T R"]]:
         """What is cached: the normed latent and the rotated key all heads share."""
         down_CD = use(self.kv_down_CD, self.dtype)
-        c_BTC = keep(jnp.einsum("BTD,CD->BTC", x_BTD, down_CD))
+        c_BTC = jnp.einsum("BTD,CD->BTC", facing(x_BTD, down_CD), down_CD)
+        c_BTC = keep(reshard(c_BTC, P(batch_axes(x_BTD), None, None)))
         latent, rope = jnp.split(c_BTC, [self.config.kv_rank], axis=-1)
         positions = context.positions_BT
         return self.kv_norm(latent), rotate(rope, positions, self.config.rope)
+
+    def _expanded_in_groups(
+        self, q_BTQ: Array, c_BTL: Array, k_BTR: Array, context: kv.Context
+    ) -> Float[Array, "B T N U"]:
+        """`expanded`, with the keys and values of some rows at a time: all of a long
+        batch, for all heads, would be many times its latents.
+        """
+
+        def attention(q_BTQ, c_BTL, k_BTR, positions_BT, segments_BT):
+            own = replace(context, positions_BT=positions_BT, segments_BT=segments_BT)
+            return self.expanded(*self.queries(q_BTQ), c_BTL, k_BTR, own)
+
+        size = self.config.nope_dim + self.config.value_dim
+        token_bytes = self.config.num_heads * size * c_BTL.dtype.itemsize
+        return in_groups(
+            attention,
+            groups(c_BTL, token_bytes, at_once=EXPANDED_BYTES),
+            *(q_BTQ, c_BTL, k_BTR, context.positions_BT, context.segments_BT),
+        )
 
     def expanded(
         self,
@@ -104,10 +136,14 @@ class MultiHeadLatentAttention(nnx.Module):
         q_BTNR: Float[Array, "B T N R"],
         c_BSL: Float[Array, "B S L"],
         k_BSR: Float[Array, "B S R"],
-        sight: Sight,
+        context: kv.Context,
     ) -> Float[Array, "B T N U"]:
         """Attention on every head's own keys and values, built from the latents."""
-        kv_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, use(self.kv_up_NHL, self.dtype))
+        up_NHL = use(self.kv_up_NHL, self.dtype)
+        rows = P(batch_axes(q_BTNR))
+        c_BSL, k_BSR = reshard(c_BSL, rows), reshard(k_BSR, rows)
+        q_BTNR = self._rotated(q_BTNR, reshard(context.positions_BT, rows))
+        kv_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, up_NHL)
         k_BSNH, v_BSNH = jnp.split(kv_BSNH, [self.config.nope_dim], axis=-1)
         k_BSNR = jnp.broadcast_to(
             k_BSR[:, :, None],
@@ -116,7 +152,7 @@ class MultiHeadLatentAttention(nnx.Module):
         )
         q = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)[:, :, :, None]
         k = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
-        dtype = self.precision.softmax
+        dtype, sight = self.precision.softmax, context.sight()
         return attend(q, k, v_BSNH, sight, self.scale, dtype)[:, :, :, 0]
 
     def absorbed(
@@ -127,13 +163,18 @@ class MultiHeadLatentAttention(nnx.Module):
         layer: Int[Array, ""] | int,
         context: kv.Context,
     ) -> Float[Array, "B T N U"]:
-        """The same attention on the latents themselves: nothing per head and slot."""
+        """The same attention on the latents themselves: nothing per head and slot.
+
+        Projections are done where the heads are, attention where the rows' caches are.
+        """
         up_NHL = use(self.kv_up_NHL, self.dtype)
         k_up_NHL, v_up_NHL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
         q_BTNL = jnp.einsum("BTNH,NHL->BTNL", q_BTNH, k_up_NHL)
+        heads, rows = _spec(q_BTNL), _rows(q_BTNL, batch_axes(context.positions_BT))
+        q_BTNL, q_BTNR = reshard(q_BTNL, rows), reshard(q_BTNR, rows)
         mix_BTNL, _ = mla_decode(
             q_BTNL,
-            q_BTNR,
+            self._rotated(q_BTNR, context.positions_BT),
             cache.latent_YBSL,
             cache.rope_YBRS,
             context.positions_BT[:, -1] + 1,
@@ -141,4 +182,17 @@ class MultiHeadLatentAttention(nnx.Module):
             scale=self.scale,
             softmax_dtype=self.precision.softmax,
         )
-        return jnp.einsum("BTNL,NHL->BTNH", mix_BTNL, v_up_NHL)
+        return jnp.einsum("BTNL,NHL->BTNH", reshard(mix_BTNL, heads), v_up_NHL)
+
+    def _rotated(self, q_BTNR: Array, positions_BT: Array) -> Array:
+        return rotate(q_BTNR, positions_BT, self.config.rope)
+
+
+def _spec(x: Array) -> P:
+    return jax.typeof(x).sharding.spec
+
+
+def _rows(x_BTNL: Array, batch: str | tuple[str, ...] | None) -> P:
+    """The layout of heads' vectors whose rows are where `batch` cuts them."""
+    heads = [a for a in axes_of(_spec(x_BTNL)[2]) if a not in axes_of(batch)]
+    return P(batch, None, tuple(heads) or None, None)

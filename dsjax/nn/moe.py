@@ -29,7 +29,5 @@ class MixtureOfExperts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The layer's contribution to the residual stream, and where tokens went."""
         routing = self.router(x_BTD, context)
-        y_BTD = self.experts(x_BTD, routing, context.phase)
-        if self.config.num_shared:
-            y_BTD += self.shared(x_BTD)
-        return y_BTD, routing
+        shared = self.shared if self.config.num_shared else None
+        return self.experts(x_BTD, routing, context.phase, shared), routing

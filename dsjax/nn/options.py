@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from jaxtyping import Array
 from dsjax.nn.weights import filled, weight
 from dsjax.sharding import Sharding
 from pallas_kernels.flash_attention import api as flash_attention
+from pallas_kernels.grouped_matmul import api as grouped_matmul
 
-_KEPT = "kept"
+_KEPT, _INPUT = "kept", "layer input"
 COPIES = ("convert_element_type", "optimization_barrier", "reshard")
 
 
@@ -56,6 +58,7 @@ class Remat(enum.Enum):
 
     NONE = "none"
     FULL = "full"  # all but each layer's input
+    OFFLOAD = "offload"  # the same, and that input waits in the host's memory
     V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
 
     def wrap(self, layer: Callable) -> Callable:
@@ -66,8 +69,16 @@ class Remat(enum.Enum):
                 policy = _all_but_copies
             case Remat.FULL:
                 policy = policies.nothing_saveable
+            case Remat.OFFLOAD:
+                policy = policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[_INPUT],
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                )
             case Remat.V3:
-                policy = policies.save_only_these_names(_KEPT, flash_attention.KEPT)
+                names = _KEPT, flash_attention.KEPT, grouped_matmul.KEPT
+                policy = policies.save_only_these_names(*names)
         return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
@@ -81,6 +92,11 @@ def keep(x: Array) -> Array:
     return checkpoint_name(x, _KEPT)
 
 
+def layer_input(x: Array) -> Array:
+    """Marks what each layer starts from, which `Remat.OFFLOAD` sends to the host."""
+    return checkpoint_name(x, _INPUT)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """What every part of a model is built with: how weights start, rest and compute."""
@@ -92,10 +108,13 @@ class Build:
 
     def weight(self, shape: tuple[int, ...], spec: P) -> nnx.Param:
         """A normal(0, std) weight. `spec` tells how one layer's array rests."""
-        return weight(
-            self.rngs, shape, spec=spec, std=self.std, dtype=self.precision.params
-        )
+        return weight(self.rngs, shape, spec=spec, std=self.std, **self._resting)
 
     def filled(self, shape: tuple[int, ...], value: float, spec: P) -> nnx.Param:
         """A constant weight."""
-        return filled(shape, value, spec=spec, dtype=self.precision.params)
+        return filled(shape, value, spec=spec, **self._resting)
+
+    @property
+    def _resting(self) -> dict[str, Any]:
+        storage = self.sharding.storage
+        return {"storage": storage, "dtype": self.precision.params}

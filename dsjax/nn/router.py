@@ -52,7 +52,8 @@ class Router(nnx.Module):
         self.weight_ED = build.weight(shape, sharding.router_ED)
         if config.selection_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
-            self.bias_E = RouterBias(zeros, spec=sharding.router_bias_E)
+            spec, storage = sharding.router_bias_E, sharding.storage
+            self.bias_E = RouterBias(zeros, spec=spec, storage=storage)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: kv.Context) -> Routing:
         """The routing of every token."""

@@ -17,12 +17,13 @@ from dsjax.config import ModelConfig, Segment
 from dsjax.nn import cache as kv
 from dsjax.nn.block import Block
 from dsjax.nn.dropping import Dropping
+from dsjax.nn.embedding import look_up
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
-from dsjax.nn.options import FLOAT32, Build, Precision, Remat
+from dsjax.nn.options import FLOAT32, Build, Precision, Remat, layer_input
 from dsjax.nn.router import Routing
-from dsjax.nn.weights import batch_axes, flat, shardings, use
-from dsjax.sharding import Sharding, fit, make_mesh
+from dsjax.nn.weights import batch_axes, facing, flat, shardings, use
+from dsjax.sharding import Sharding, axes_of, fit, make_mesh
 
 Given = Array | np.ndarray  # what callers may hand in
 
@@ -205,13 +206,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT: Int[Given, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings in the compute dtype."""
-        # Cast after the look-up: a frequent token's gradient is a sum over thousands of
-        # positions, which bfloat16 would round away.
-        table_VD = use(self.embedding_VD, self.precision.params)
-        batch = batch_axes(tokens_BT)
-        cut = P(batch, None, jax.typeof(table_VD).sharding.spec[1])
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=cut).astype(self.dtype)
-        return reshard(x_BTD, P(batch, None, None))
+        return look_up(self.embedding_VD[...], tokens_BT, self.dtype)
 
     def place(self, rows_BT: Int[Given, "B T"]) -> Int[Array, "B T"]:
         """Rows cut over the mesh's batch axes, as far as their number allows."""
@@ -224,19 +219,25 @@ class Transformer(nnx.Module):
 
     def head(self, normed_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 logits of a state that has its norm behind it."""
-        return jnp.einsum(
+        head_VD = self.head_weight()
+        logits_BTV = jnp.einsum(
             "BTD,VD->BTV",
-            normed_BTD,
-            self.head_weight(),
+            facing(normed_BTD, head_VD),
+            head_VD,
             preferred_element_type=jnp.float32,
         )
+        vocabulary = tuple(
+            axis
+            for axis in axes_of(jax.typeof(head_VD).sharding.spec[0])
+            if axis not in axes_of(batch_axes(normed_BTD))
+        )
+        return reshard(logits_BTV, P(batch_axes(normed_BTD), None, vocabulary or None))
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The head's matrix in the compute dtype, gathered but for `tensor`, which cuts
         the vocabulary."""
-        if self.config.tied_embeddings:
-            return reshard(use(self.embedding_VD, self.dtype), P("tensor", None))
-        return use(self.head_VD, self.dtype)
+        tied = self.config.tied_embeddings
+        return use(self.embedding_VD if tied else self.head_VD, self.dtype)
 
     def _layers(
         self, tokens_BT: Array, context: kv.Context, cache: kv.Cache | None
@@ -284,7 +285,7 @@ def _scan(
         x_BTD, cache = carry
         weights, index = inputs
         block = nnx.merge(graph, weights)
-        x_BTD, cache, routing = block(x_BTD, context, cache, index)
+        x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 
     (x_BTD, cache), routing = jax.lax.scan(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from dsjax.sharding import REST, named
+from dsjax.sharding import axes_of, named
 
 
 class RouterBias(nnx.Variable):
@@ -20,17 +20,31 @@ class RouterBias(nnx.Variable):
 
 
 def weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], *, spec: P, std: float, dtype: DTypeLike
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    *,
+    spec: P,
+    storage: tuple[str, ...],
+    std: float,
+    dtype: DTypeLike,
 ) -> nnx.Param:
-    """A normal(0, std) weight. `spec` tells how one layer's array rests on the mesh."""
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), spec=spec)
+    """A normal(0, std) weight. `spec` tells how one layer's array rests on the mesh,
+    `storage` which axes of it are gathered for its use.
+    """
+    values = std * jax.random.normal(rngs.params(), shape, dtype)
+    return nnx.Param(values, spec=spec, storage=storage)
 
 
 def filled(
-    shape: tuple[int, ...], value: float, *, spec: P, dtype: DTypeLike
+    shape: tuple[int, ...],
+    value: float,
+    *,
+    spec: P,
+    storage: tuple[str, ...],
+    dtype: DTypeLike,
 ) -> nnx.Param:
     """A constant weight: norm scales start at 1, biases at 0."""
-    return nnx.Param(jnp.full(shape, value, dtype), spec=spec)
+    return nnx.Param(jnp.full(shape, value, dtype), spec=spec, storage=storage)
 
 
 def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
@@ -38,22 +52,45 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
 
     Gathers one mesh axis at a time: two at once compile to a full-size all-reduce.
     """
-    array = weight[...]
-    if array.dtype != dtype:
-        # Or XLA casts the stacked layers as a whole, before the loop over them.
-        array = jax.lax.optimization_barrier(array).astype(dtype)
+    array = cast(weight, dtype)
     spec = _spec(array)
-    for axis in reversed(REST):
+    for axis in reversed(weight.get_metadata("storage")):
         gathered = P(*(_without(entry, axis) for entry in spec))
         if gathered != spec:
             array, spec = jax.sharding.reshard(array, gathered), gathered
     return array
 
 
+def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
+    """The weight in the compute dtype, as it rests."""
+    array = weight[...]
+    if array.dtype == dtype:
+        return array
+    # Or XLA casts the stacked layers as a whole, before the loop over them.
+    return jax.lax.optimization_barrier(array).astype(dtype)
+
+
 def batch_axes(x: Array) -> str | tuple[str, ...] | None:
     """The mesh axes that cut the first dimension of an activation."""
     spec = _spec(x)
     return spec[0] if len(spec) else None
+
+
+def facing(x: Array, *weights: Array) -> Array:
+    """An activation whose batch is whole along the axes that cut the weights it meets.
+
+    A no-op in training, where weights are gathered and `tensor` cuts no batch. In the
+    serving layout weights stay and the few tokens are gathered.
+    """
+    cut = {axis for w in weights for axis in axes_of(*_spec(w))}
+    spec = _spec(x)
+    rest = tuple(axis for axis in axes_of(spec[0]) if axis not in cut)
+    return jax.sharding.reshard(x, P(rest or None, *spec[1:]))
+
+
+def whole(x: Array) -> Array:
+    """An activation with nothing cut but its batch."""
+    return jax.sharding.reshard(x, P(_spec(x)[0]))
 
 
 def _spec(array: Array) -> P:

@@ -7,7 +7,9 @@ taken in the forward pass, as fused cross-entropies do (the LLM paper's too, sec
 2.4): recomputing the logits in the backward pass would be a fourth product by the head,
 and nothing would be saved, since the backward pass starts here. What waits is the
 gradient of the hidden states, no larger than they are, and that of the head, float32,
-already where the head rests.
+already where the head rests. Neither is ever whole on a device of a large mesh: along
+`fsdp` the vocabulary is cut and the tokens of a chunk are gathered, a small part of the
+head's bytes.
 
 Letters: B batch, S window (T inputs + 1), T length, C chunk of it, D model, V vocabulary.
 Losses are in nats.
@@ -22,6 +24,8 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
+
+from dsjax.sharding import axes_of
 
 # Tokens of a device whose logits exist at once. Each chunk reads and writes the head's
 # gradient, [V, D] in float32: fewer tokens would make that the cost.
@@ -110,21 +114,40 @@ class _Cut:
 
     @property
     def batch(self) -> tuple[str, ...]:
-        return _axes(self.hidden[0])
+        return axes_of(self.hidden[0])
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        return _axes(self.head[0])
+        return axes_of(self.head[0])
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Axes along which each device sees all tokens, and a part of the vocabulary."""
+        return tuple(axis for axis in self.vocabulary if axis in self.batch)
+
+    # One axis at a time, here and below: two at once compile to an all-reduce.
 
     def gather(self, head_VD: Array) -> Array:
-        """The head whole along D; one axis at a time: two compile to an all-reduce."""
-        for axis in reversed(_axes(self.head[1])):
+        """The head whole along D."""
+        for axis in reversed(axes_of(self.head[1])):
             head_VD = jax.lax.all_gather(head_VD, axis, axis=1, tiled=True)
         return head_VD
 
+    def gather_rows(self, x: Array) -> Array:
+        """The rows of all devices along the shared axes."""
+        for axis in reversed(self.shared):
+            x = jax.lax.all_gather(x, axis, tiled=True)
+        return x
+
+    def scatter_rows(self, x: Array) -> Array:
+        """Sums over the parts of the vocabulary, for this device's rows."""
+        for axis in self.shared:
+            x = jax.lax.psum_scatter(x, axis, tiled=True)
+        return jax.lax.psum(x, tuple(a for a in self.vocabulary if a not in self.batch))
+
     def scatter(self, gradient_VD: Array) -> Array:
         """The head's gradient, summed over the batch and cut as the head is."""
-        stored = _axes(self.head[1])
+        stored = axes_of(self.head[1])
         for axis in stored:
             if axis in self.batch:
                 gradient_VD = jax.lax.psum_scatter(
@@ -134,13 +157,10 @@ class _Cut:
                 size = gradient_VD.shape[1] // jax.lax.axis_size(axis)
                 start = jax.lax.axis_index(axis) * size
                 gradient_VD = jax.lax.dynamic_slice_in_dim(gradient_VD, start, size, 1)
+        done = (*stored, *self.shared)
         return jax.lax.psum(
-            gradient_VD, tuple(axis for axis in self.batch if axis not in stored)
+            gradient_VD, tuple(axis for axis in self.batch if axis not in done)
         )
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _chunks(
@@ -163,7 +183,7 @@ def _chunks(
 
     def body(sums, part):
         loss, of_head_VD = sums
-        hidden_BCD, targets_BC, weights_BC = part
+        hidden_BCD, targets_BC, weights_BC = map(cut.gather_rows, part)
         losses_BC, of_logits_BCV = _chunk(hidden_BCD, head_VD, targets_BC, cut, dtype)
         loss += jnp.sum(losses_BC * weights_BC)
         if not gradients:
@@ -176,15 +196,15 @@ def _chunks(
         of_head_VD += jnp.einsum(
             "BCV,BCD->VD", of_logits_BCV, hidden_BCD, preferred_element_type=jnp.float32
         )
-        of_hidden_BCD = jax.lax.psum(of_hidden_BCD, cut.vocabulary)
-        return (loss, of_head_VD), of_hidden_BCD.astype(hidden_BTD.dtype)
+        of_hidden_BCD = cut.scatter_rows(of_hidden_BCD.astype(hidden_BTD.dtype))
+        return (loss, of_head_VD), of_hidden_BCD
 
     zeros = jnp.zeros(head_VD.shape, jnp.float32) if gradients else None
     parts = (_split(x, count) for x in (hidden_BTD, targets_BT, weights_BT))
     (loss, of_head_VD), of_hidden = jax.lax.scan(
         body, (jnp.zeros((), jnp.float32), zeros), tuple(parts)
     )
-    loss = jax.lax.psum(loss, cut.batch)
+    loss = jax.lax.psum(loss, tuple(a for a in cut.batch if a not in cut.shared))
     if not gradients:
         return loss, None, None
     return loss, _join(of_hidden, length), cut.scatter(of_head_VD)

@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
 from jaxtyping import Float, PRNGKeyArray
 
 from dsjax.config import ModelConfig, Moe
@@ -205,13 +203,11 @@ def head_loss(
     """The sum of all positions' cross-entropies, each times its weight, of a state that
     has its norm behind it.
     """
-    if model.config.tied_embeddings:
-        head_VD = reshard(model.embedding_VD[...], P("tensor", None))
-    else:
-        head_VD = model.head_VD[...]
+    tied = model.config.tied_embeddings
+    head = model.embedding_VD if tied else model.head_VD
     statistics = model.precision.statistics
     return loss.cross_entropy(
-        normed_BTD, head_VD, targets_BT, weights_BT, statistics=statistics
+        normed_BTD, head[...], targets_BT, weights_BT, statistics=statistics
     )
 
 

@@ -7,10 +7,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
-from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
+
+KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
 
 
 def grouped_matmul(
@@ -36,8 +39,8 @@ def grouped_matmul(
     "blocked" is portable and does the work of the rows there are; "padded" copies rows
     and matrices into one batched product, quicker than "blocked" on a GPU where the
     copies fit; "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
-    elsewhere. None chooses by the platform that is compiled for, and says in one line
-    when that leaves an accelerator without a kernel.
+    elsewhere. None chooses by the platform that is compiled for, and logs its choice in
+    one line.
 
     `expected_rows`: of the M, how many belong to groups in the mean; None means all. It
     changes nothing but the cost that kernels report to the compiler.
@@ -47,7 +50,7 @@ def grouped_matmul(
         NotImplementedError: "tpu" was named and does not take these operands.
     """
     expected_rows = _check(x_MK, w_GNK, sizes_G, implementation, expected_rows)
-    _check_tpu(x_MK, w_GNK, implementation, gated=False)
+    sizes_G = _within(sizes_G, x_MK.shape[0])
     return _product(x_MK, w_GNK, sizes_G, implementation, expected_rows)
 
 
@@ -57,14 +60,17 @@ def grouped_swiglu(
     up_GFD: Float[Array, "G F D"],
     sizes_G: Int[Array, " G"],
     *,
+    scale_M: Float[Array, " M"] | None = None,
     implementation: str | None = None,
     expected_rows: int | None = None,
 ) -> Float[Array, "M F"]:
-    """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T).
+    """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T) * scale[m].
 
+    All but the products' own rounding is float32 until the end; without `scale` it is 1.
     Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU both
-    products are one kernel that reads `x` once. The gradient needs both products: they
-    are kept beside the result, but not where `jax.checkpoint` computes the result again.
+    products are one kernel where their tiles fit, which reads `x` once and rounds the
+    result alone. The gradient needs both products: they are what is kept for it, by the
+    name KEPT, and the result is made from them.
     """
     expected_rows = _check(x_MD, gate_GFD, sizes_G, implementation, expected_rows)
     if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
@@ -72,8 +78,13 @@ def grouped_swiglu(
             f"{gate_GFD.shape=} {gate_GFD.dtype=} and {up_GFD.shape=} {up_GFD.dtype=} "
             "differ"
         )
-    _check_tpu(x_MD, gate_GFD, implementation, gated=True)
-    return _swiglu(x_MD, gate_GFD, up_GFD, sizes_G, implementation, expected_rows)
+    sizes_G = _within(sizes_G, x_MD.shape[0])
+    if scale_M is None:
+        scale_M = jnp.ones(x_MD.shape[0], jnp.float32)
+    if scale_M.shape != x_MD.shape[:1]:
+        raise ValueError(f"{scale_M.shape=} is not one for each row of {x_MD.shape=}")
+    operands = (x_MD, gate_GFD, up_GFD, scale_M, sizes_G)
+    return _swiglu(*operands, implementation, expected_rows)
 
 
 # One gradient for all implementations: if each platform's branch had its own, all would
@@ -103,43 +114,52 @@ def _product_backward(implementation, expected_rows, saved, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _swiglu(x, gate, up, sizes, implementation, expected_rows):
-    return _run_swiglu(x, gate, up, sizes, implementation, expected_rows, kept=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _swiglu(x, gate, up, scale, sizes, implementation, expected_rows):
+    operands, options = (x, gate, up, scale, sizes), (implementation, expected_rows)
+    (h,) = _run_swiglu(*operands, *options, kept=False)
+    return h
 
 
-def _run_swiglu(x, gate, up, sizes, implementation, expected_rows, *, kept):
-    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+def _run_swiglu(x, gate, up, scale, sizes, implementation, expected_rows, *, kept):
+    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), scale, sizes)
     options = {"kept": kept, "expected_rows": expected_rows}
     return dispatch(implementation, "swiglu", x, gate, *operands, **options)
 
 
-def _swiglu_forward(x, gate, up, sizes, implementation, expected_rows):
-    h, gated, lifted = _run_swiglu(
-        x, gate, up, sizes, implementation, expected_rows, kept=True
-    )
-    return h, (x, gate, up, sizes, gated, lifted)
+def _swiglu_forward(x, gate, up, scale, sizes, implementation, expected_rows):
+    operands, options = (x, gate, up, scale, sizes), (implementation, expected_rows)
+    _, *products = _run_swiglu(*operands, *options, kept=True)
+    products = [checkpoint_name(product, KEPT) for product in products]
+    # From what is kept: where that is found again, no product is computed again.
+    return _combine(*products, scale).astype(x.dtype), (*operands, *products)
+
+
+def _combine(gated, lifted, scale):
+    gated, lifted = (a.astype(jnp.float32) for a in (gated, lifted))
+    return jax.nn.silu(gated) * lifted * scale.astype(jnp.float32)[:, None]
 
 
 def _swiglu_backward(implementation, expected_rows, saved, dh):
-    x, gate, up, sizes, gated, lifted = saved
+    x, gate, up, scale, sizes, gated, lifted = saved
 
-    def combine(gated, lifted):
-        return jax.nn.silu(gated) * lifted
-
-    wide = [a.astype(jnp.float32) for a in (gated, lifted, dh)]
-    _, back = jax.vjp(combine, *wide[:2])
-    dgated, dlifted = (a.astype(x.dtype) for a in back(wide[2]))
+    _, back = jax.vjp(_combine, gated, lifted, scale)
+    dgated, dlifted, dscale = back(dh.astype(jnp.float32))
     operands = (dgated, dlifted, x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
     options = {"dtype": gate.dtype, "expected_rows": expected_rows}
     dx, dgate, dup = dispatch(
         implementation, "swiglu_gradients", x, gate, *operands, **options
     )
-    return dx, dgate, dup, None
+    return dx, dgate, dup, dscale, None
 
 
-# Where `jax.checkpoint` runs the layer first, nothing but the result is written.
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward, optimize_remat=True)
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _within(sizes_G: Array, rows: int) -> Array:
+    """The sizes, cut where they claim more rows than there are."""
+    ends_G = jnp.minimum(jnp.cumsum(sizes_G.astype(jnp.int32)), rows)
+    return jnp.diff(ends_G, prepend=0)
 
 
 def _check(x, w, sizes, implementation, expected_rows) -> int:
@@ -160,17 +180,10 @@ def _check(x, w, sizes, implementation, expected_rows) -> int:
         names = tuple(IMPLEMENTATIONS)
         raise ValueError(f"{implementation=} is not one of {names}")
     rows = x.shape[0]
+    lacking = tpu_lacks(rows, w.shape, x.dtype) if implementation == "tpu" else ""
+    if lacking:
+        raise NotImplementedError(f"the TPU kernel {lacking}: {x.shape=}, {w.shape=}")
     expected_rows = rows if expected_rows is None else expected_rows
     if not 0 <= expected_rows <= rows:
         raise ValueError(f"{expected_rows=} of {rows} rows")
     return expected_rows
-
-
-def _check_tpu(x, w, implementation, *, gated) -> None:
-    if implementation != "tpu":
-        return
-    if not tpu_supports(x.shape[0], w.shape, x.dtype, gated=gated):
-        raise NotImplementedError(
-            f"no TPU kernel for {x.shape=}, {w.shape=}, {x.dtype=}: bfloat16 or float32, "
-            "last axes that are multiples of 128, tiles that fit its memory"
-        )

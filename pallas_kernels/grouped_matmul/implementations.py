@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_reference
+from pallas_kernels.dispatch import note_choice
 from pallas_kernels.grouped_matmul import pallas_tpu, reference
 from pallas_kernels.grouped_matmul.padded import fits, padded
 from pallas_kernels.grouped_matmul.pallas_gpu import hopper
 from pallas_kernels.grouped_matmul.pallas_gpu import supports as hopper_supports
-from pallas_kernels.grouped_matmul.tiles_tpu import supports as tpu_supports
+from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
+
+KERNELS = {"tpu": "Pallas", "cuda": "Mosaic GPU"}
+HOPPER_TAKES = "takes bfloat16 and multiples of 128, on Hopper"
 
 
 class Implementation(NamedTuple):
@@ -24,7 +27,7 @@ class Implementation(NamedTuple):
 
     product: Callable  # x, w, sizes -> y
     gradients: Callable  # dy, x, w, sizes -> dx, dw
-    swiglu: Callable  # x, gate, up, sizes -> h; if `kept`, h, x @ gate.T, x @ up.T
+    swiglu: Callable  # x, gate, up, scale, sizes -> (h,); if `kept`, both products, too
     swiglu_gradients: (
         Callable  # dgate, dup, x, gate, up, sizes -> dx, and both weights'
     )
@@ -47,27 +50,18 @@ def dispatch(
 
     if implementation is not None:
         return run(implementation)(*operands)
-    gated = operation.startswith("swiglu")
+    lacking = {
+        "tpu": tpu_lacks(x.shape[0], w.shape, x.dtype),
+        "cuda": "" if hopper_supports(x, w) else HOPPER_TAKES,
+    }
+    note_choice("grouped_matmul", KERNELS, lacking)
+    copies = "padded" if fits(x.shape[0], w) else "blocked"
     return jax.lax.platform_dependent(
         *operands,
-        tpu=run(_on_tpu(x, w, gated)),
-        cuda=run(_on_gpu(x, w)),
+        tpu=run("ragged_dot" if lacking["tpu"] else "tpu"),
+        cuda=run(copies if lacking["cuda"] else "hopper"),
         default=run("blocked"),
     )
-
-
-def _on_tpu(x: Array, w: Array, gated: bool) -> str:
-    if tpu_supports(x.shape[0], w.shape, x.dtype, gated=gated):
-        return "tpu"
-    note_reference("grouped_matmul", "tpu")
-    return "ragged_dot"
-
-
-def _on_gpu(x: Array, w: Array) -> str:
-    if hopper_supports(x, w):
-        return "hopper"
-    note_reference("grouped_matmul", "gpu")
-    return "padded" if fits(x.shape[0], w) else "blocked"
 
 
 def ragged_dot(
@@ -81,32 +75,38 @@ def ragged_dot(
     return jnp.where(real_M[:, None], y_MN, 0).astype(x_MK.dtype)
 
 
-def _composed(product: Callable, gradients: Callable | None = None) -> Implementation:
-    """From one product of x, w and sizes; without `gradients`, JAX's of it."""
-
-    def forward(x, w, sizes, *, expected_rows):
-        return product(x, w, sizes)
+def _plain(product: Callable, gradients: Callable | None = None) -> Implementation:
+    """From a product of x, w and sizes; without `gradients`, JAX's of it."""
 
     def derived(dy, x, w, sizes, *, dtype):
         _, back = jax.vjp(lambda x, w: product(x, w, sizes), x, w)
         dx, dw = back(dy)
         return dx, dw.astype(dtype)
 
+    def forward(x, w, sizes, *, expected_rows):
+        return product(x, w, sizes)
+
     def backward(dy, x, w, sizes, *, dtype, expected_rows):
         return (gradients or derived)(dy, x, w, sizes, dtype=dtype)
 
-    def swiglu(x, gate, up, sizes, *, kept, expected_rows):
-        gate, up = product(x, gate, sizes), product(x, up, sizes)
-        h = jax.nn.silu(gate.astype(jnp.float32)) * up
-        h = h.astype(x.dtype)
-        return (h, gate, up) if kept else h
+    return _composed(forward, backward)
 
-    def swiglu_backward(dgate, dup, x, gate, up, sizes, **options):
-        through_gate, dgate = backward(dgate, x, gate, sizes, **options)
-        through_up, dup = backward(dup, x, up, sizes, **options)
+
+def _composed(product: Callable, gradients: Callable) -> Implementation:
+    """SwiGLU from two products, one after the other."""
+
+    def swiglu(x, gate, up, scale, sizes, *, kept, **rows):
+        gate, up = product(x, gate, sizes, **rows), product(x, up, sizes, **rows)
+        h = jax.nn.silu(gate.astype(jnp.float32)) * up * scale[:, None]
+        h = h.astype(x.dtype)
+        return (h, gate, up) if kept else (h,)
+
+    def swiglu_gradients(dgate, dup, x, gate, up, sizes, **options):
+        through_gate, dgate = gradients(dgate, x, gate, sizes, **options)
+        through_up, dup = gradients(dup, x, up, sizes, **options)
         return through_gate + through_up, dgate, dup
 
-    return Implementation(forward, backward, swiglu, swiglu_backward)
+    return Implementation(product, gradients, swiglu, swiglu_gradients)
 
 
 def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
@@ -114,12 +114,16 @@ def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
     return dx, pallas_tpu.weight_gradient(dy, x, sizes, dtype=dtype, **rows)
 
 
-def _tpu_swiglu(x, gate, up, sizes, *, kept, **rows):
-    run = pallas_tpu.swiglu_kept if kept else pallas_tpu.swiglu
-    return run(x, gate, up, sizes, **rows)
+def _tpu_swiglu(x, gate, up, scale, sizes, **options):
+    apart = tpu_lacks(x.shape[0], gate.shape, x.dtype, gated=True)
+    run = _TPU_COMPOSED.swiglu if apart else pallas_tpu.swiglu
+    return run(x, gate, up, scale, sizes, **options)
 
 
 def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
+    operands = (dgate, dup, x, gate, up, sizes)
+    if tpu_lacks(x.shape[0], gate.shape, x.dtype, gated=True):
+        return _TPU_COMPOSED.swiglu_gradients(*operands, dtype=dtype, **rows)
     dx = pallas_tpu.swiglu_row_gradient(dgate, dup, gate, up, sizes, **rows)
     by_weights = [
         pallas_tpu.weight_gradient(dy, x, sizes, dtype=dtype, **rows)
@@ -128,11 +132,13 @@ def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
     return dx, *by_weights
 
 
+_TPU_COMPOSED = _composed(pallas_tpu.product, _tpu_gradients)
+
 IMPLEMENTATIONS = {
-    "blocked": _composed(reference.blocked, reference.gradients),
-    "hopper": _composed(hopper),
-    "padded": _composed(padded),
-    "ragged_dot": _composed(ragged_dot),
+    "blocked": _plain(reference.blocked, reference.gradients),
+    "hopper": _plain(hopper),
+    "padded": _plain(padded),
+    "ragged_dot": _plain(ragged_dot),
     "tpu": Implementation(
         pallas_tpu.product, _tpu_gradients, _tpu_swiglu, _tpu_swiglu_gradients
     ),

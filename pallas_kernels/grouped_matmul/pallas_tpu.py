@@ -17,12 +17,14 @@ other one; D the model, F an expert.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.tiles_tpu import (
@@ -31,6 +33,7 @@ from pallas_kernels.grouped_matmul.tiles_tpu import (
     LANES,
     STRIP,
     Tiles,
+    chunk_span,
     outer_tiles,
     row_tiles,
     schedule,
@@ -70,7 +73,7 @@ def weight_gradient(
     x_MK: Float[Array, "M K"],
     sizes_G: Int[Array, " G"],
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     expected_rows: int,
 ) -> Float[Array, "G N K"]:
     """dy_g.T @ x_g of every group, in `dtype`; zeros where a group is empty."""
@@ -81,31 +84,24 @@ def swiglu(
     x_MD: Float[Array, "M D"],
     gate_GFD: Float[Array, "G F D"],
     up_GFD: Float[Array, "G F D"],
+    scale_M: Float[Array, " M"],
     sizes_G: Int[Array, " G"],
     *,
     expected_rows: int,
-) -> Float[Array, "M F"]:
-    """silu(x @ gate.T) * (x @ up.T), x read once for both products."""
-    w = (gate_GFD, up_GFD)
-    (h_MF,) = _rows((x_MD,), w, sizes_G, expected_rows, _gated, 1, turned=True)
-    return h_MF
+    kept: bool,
+) -> tuple[Float[Array, "M F"], ...]:
+    """silu(x @ gate.T) * (x @ up.T) * scale, x read once for both products; if `kept`,
+    also both products, for the gradient.
+    """
 
+    def combine(gate, up, scale):
+        h = jax.nn.silu(gate) * up * scale
+        return (h, gate, up) if kept else (h,)
 
-def swiglu_kept(
-    x_MD: Float[Array, "M D"],
-    gate_GFD: Float[Array, "G F D"],
-    up_GFD: Float[Array, "G F D"],
-    sizes_G: Int[Array, " G"],
-    *,
-    expected_rows: int,
-) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M F"]]:
-    """`swiglu` with x @ gate.T and x @ up.T beside it, for the gradient."""
-
-    def combine(gate, up):
-        return *_gated(gate, up), gate, up
-
-    w = (gate_GFD, up_GFD)
-    return _rows((x_MD,), w, sizes_G, expected_rows, combine, 3, turned=True)
+    w, outputs = (gate_GFD, up_GFD), 3 if kept else 1
+    return _rows(
+        (x_MD,), w, sizes_G, expected_rows, combine, outputs, scale_M, turned=True
+    )
 
 
 def swiglu_row_gradient(
@@ -131,10 +127,6 @@ def _alone(y):
     return (y,)
 
 
-def _gated(gate, up):
-    return (jax.nn.silu(gate) * up,)
-
-
 # Rows times matrices.
 
 
@@ -145,29 +137,39 @@ def _rows(
     expected_rows: int,
     combine: Callable[..., tuple[Array, ...]],
     outputs: int,
+    scale_M: Array | None = None,
     *,
     turned: bool,
 ) -> tuple[Array, ...]:
-    """What `combine` makes of every row's products in float32, each [M, O].
-
-    One left-hand side for all matrices, or one for each.
+    """What `combine` makes of every row's products, and of its scale if it has one, in
+    float32: each [M, O]. One left-hand side for all matrices, or one for each.
     """
     (rows, contracted), dtype = lhs[0].shape, lhs[0].dtype
     groups, out = matrices[0].shape[0], matrices[0].shape[1 if turned else 2]
     each = dtype.itemsize
-    counts = {"lhs": len(lhs), "matrices": len(matrices), "outputs": outputs}
-    tiles = row_tiles(rows, contracted, out, each, **counts)
+    scales = () if scale_M is None else (scale_M[:, None].astype(jnp.float32),)
+    tiles = row_tiles(
+        rows,
+        contracted,
+        out,
+        each,
+        lhs=len(lhs),
+        matrices=len(matrices),
+        outputs=outputs,
+        scales=len(scales),
+    )
     visits, count = schedule(sizes_G, rows=rows, tile=tiles.rows, empty=False)
     columns = pl.cdiv(out, tiles.columns)
     kernel = functools.partial(
         _rows_kernel,
         lhs_count=len(lhs),
         matrix_count=len(matrices),
+        scale_count=len(scales),
         combine=combine,
         turned=turned,
         out_columns=out,
     )
-    lhs_spec, matrix_spec, out_spec = rows_specs(tiles, contracted, turned=turned)
+    specs = rows_specs(tiles, contracted, turned=turned)
     return pl.pallas_call(
         kernel,
         name="grouped_matmul_rows",
@@ -175,8 +177,12 @@ def _rows(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(visits),
             grid=(columns, count),
-            in_specs=[lhs_spec] * len(lhs) + [matrix_spec] * len(matrices),
-            out_specs=[out_spec] * outputs,
+            in_specs=[
+                *[specs.lhs] * len(lhs),
+                *[specs.matrix] * len(matrices),
+                *[specs.scale] * len(scales),
+            ],
+            out_specs=[specs.out] * outputs,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary")
@@ -189,17 +195,23 @@ def _rows(
                 + len(matrices) * min(groups, expected_rows) * contracted * out
                 + outputs * expected_rows * out
             ),
-            transcendentals=0 if len(matrices) == 1 else expected_rows * out,
+            transcendentals=len(scales) * expected_rows * out,
         ),
-    )(*visits, *lhs, *matrices)
+    )(*visits, *lhs, *matrices, *scales)
 
 
-def rows_specs(
-    tiles: Tiles, contracted: int, *, turned: bool
-) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-    """Which block of rows, of a matrix and of the output a step of the grid uses.
+class RowsSpecs(NamedTuple):
+    """Which block of each operand of `_rows` a step of the grid uses."""
 
-    Visits of tiles that hold no rows name the blocks of the visit before: none is read.
+    lhs: pl.BlockSpec
+    matrix: pl.BlockSpec
+    scale: pl.BlockSpec
+    out: pl.BlockSpec
+
+
+def rows_specs(tiles: Tiles, contracted: int, *, turned: bool) -> RowsSpecs:
+    """Visits of tiles that hold no rows name the blocks of the visit before: none is
+    read.
     """
 
     def lhs(column, visit, group, tile, first, last, end):
@@ -213,20 +225,23 @@ def rows_specs(
         return tile[visit], column
 
     block = (tiles.columns, contracted) if turned else (contracted, tiles.columns)
-    return (
+    return RowsSpecs(
         pl.BlockSpec((tiles.rows, contracted), lhs),
         pl.BlockSpec((None, *block), matrix),
+        pl.BlockSpec((tiles.rows, 1), lhs),
         pl.BlockSpec((tiles.rows, tiles.columns), out),
     )
 
 
 def _rows_kernel(
-    group, tile, first, last, end, *refs, lhs_count, matrix_count, combine, turned, out_columns
+    group, tile, first, last, end, *refs, lhs_count, matrix_count, scale_count, combine,
+    turned, out_columns,
 ):  # fmt: skip
     """One visit: a tile of rows with one group's matrix, or matrices."""
     lhs = refs[:lhs_count] * (matrix_count // lhs_count)
     matrices = refs[lhs_count : lhs_count + matrix_count]
-    outs = refs[lhs_count + matrix_count :]
+    scales = refs[lhs_count + matrix_count : lhs_count + matrix_count + scale_count]
+    outs = refs[lhs_count + matrix_count + scale_count :]
     tall, width = outs[0].shape
     strip = _strip(width, out_columns)
     strips = jnp.minimum(width, out_columns - pl.program_id(0) * width) // strip
@@ -249,13 +264,14 @@ def _rows_kernel(
             products = [
                 _matmul(x.at[rows], w.at[block], turned) for x, w in zip(lhs, matrices)
             ]
-            for out, y in zip(outs, combine(*products)):
+            values = combine(*products, *[scale[rows] for scale in scales])
+            for out, y in zip(outs, values):
                 others = out[rows, columns].astype(jnp.float32)
                 out[rows, columns] = jnp.where(mine, y, others).astype(out.dtype)
 
 
-def _begins(what: Array, visit: Array) -> Array:
-    """Whether the visit before was not to the same tile, or group."""
+def _begins(what, visit: Array) -> Array:
+    """Whether the visit before was not to the same tile, or group; `what` is a ref."""
     return (visit == 0) | (what[jnp.maximum(visit - 1, 0)] != what[visit])
 
 
@@ -270,8 +286,7 @@ def _with_rows(begin: Array, stop: Array, tall: int) -> Callable:
     At once, whatever their number: the systolic array's weights change as often for one
     chunk as for a whole tile, or, where rows are contracted, it is as deep as a few.
     """
-    start = begin // CHUNK
-    chunks = jnp.where(stop > begin, pl.cdiv(stop, CHUNK) - start, 0)
+    start, chunks = chunk_span(begin, stop)
 
     def run(body: Callable[[pl.Slice], None]) -> None:
         for count in range(1, tall // CHUNK + 1):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -46,7 +47,7 @@ def gradients(
     w_GNK: Float[Array, "G N K"],
     sizes_G: Int[Array, " G"],
     *,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "M K"], Float[Array, "G N K"]]:
     """By rows, dy[m] @ w[group of m], and by weights, dy_g.T @ x_g in `dtype`."""
     dx_MK = _rows(dy_MN, w_GNK, sizes_G, "bn,nk->bk")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 ROWS = 256  # rows of a tile: enough for each matrix tile that enters the systolic array
@@ -24,7 +25,7 @@ SCOPED_VMEM = {
     "TPU v6 lite": 32 * 2**20,
     "TPU7x": 32 * 2**20,
 }
-RESERVED = 2**20  # of those, for what the compiler itself needs
+RESERVED = 2**19  # of those, for what the compiler itself needs
 
 
 class Tiles(NamedTuple):
@@ -64,6 +65,7 @@ def row_tiles(
     lhs: int = 1,
     matrices: int = 1,
     outputs: int = 1,
+    scales: int = 0,
 ) -> Tiles | None:
     """Tiles of products of rows, for so many operands; None where the smallest does not
     fit.
@@ -72,6 +74,7 @@ def row_tiles(
         tall = min(tall, pl.cdiv(rows, CHUNK) * CHUNK)
         fixed = 2 * lhs * tall * contracted * bytes_each
         fixed += 2 * matrices * tall * min(least, STRIP) * 4  # sums in float32
+        fixed += 2 * scales * tall * LANES * 4  # one column is padded to all lanes
         column = 2 * (matrices * contracted + outputs * tall) * bytes_each
         most = (scoped_vmem() - RESERVED - fixed) // column // LANES
         if most * LANES >= min(least, out):
@@ -114,23 +117,28 @@ def _divisors(size: int) -> list[int]:
     return [part for part in range(LANES, size + 1, LANES) if size % part == 0]
 
 
-def supports(
-    rows: int, shape: tuple[int, ...], dtype: jnp.dtype, *, gated: bool = False
-) -> bool:
-    """Whether the kernels take x [rows, K] and w of `shape` [G, N, K], or two such w."""
+def lacks(
+    rows: int, shape: tuple[int, ...], dtype: DTypeLike, *, gated: bool = False
+) -> str:
+    """Why the kernels do not take x [rows, K] and w of `shape` [G, N, K], or two such w;
+    nothing where they do.
+    """
     G, N, K = shape
-    if not rows or not G or N % LANES or K % LANES:
-        return False
+    if not rows or not G:
+        return f"takes no empty operands ({rows} rows, {G} groups)"
+    if N % LANES or K % LANES:
+        return f"takes multiples of {LANES} ({N=}, {K=})"
     if dtype not in (jnp.bfloat16, jnp.float32):
-        return False
+        return f"takes bfloat16 or float32 ({dtype})"
     each = jnp.dtype(dtype).itemsize
-    there = {"matrices": 2, "outputs": 3} if gated else {}
+    there = {"matrices": 2, "outputs": 3, "scales": 1} if gated else {}
     back = {"matrices": 2, "lhs": 2} if gated else {}
-    return None not in (
+    tiles = (
         row_tiles(rows, K, N, each, **there),
         row_tiles(rows, N, K, each, **back),
         outer_tiles(rows, N, K, each, 4),
     )
+    return f"tiles of {N=}, {K=}, {dtype} exceed its memory" if None in tiles else ""
 
 
 class Visits(NamedTuple):
@@ -150,11 +158,10 @@ def schedule(
 
     A group visits every tile it has rows in. Tiles of no group, past the sum of the
     sizes, are visited once each in the name of group G, unless `empty`: then every
-    empty group has a visit instead. Sizes that claim more rows than there are end
-    with the rows.
+    empty group has a visit instead.
     """
     groups = sizes_G.shape[0]
-    ends_G = jnp.minimum(jnp.cumsum(sizes_G.astype(jnp.int32)), rows)
+    ends_G = jnp.cumsum(sizes_G.astype(jnp.int32))
     begins_G = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_G[:-1]])
     held_G = ends_G > begins_G
     tiles_G = jnp.where(held_G, (ends_G - 1) // tile - begins_G // tile + 1, int(empty))
@@ -178,3 +185,9 @@ def schedule(
     last_V = jnp.clip(ends[group_V] - tile_V * tile, 0, tile)
     end_2 = jnp.stack([last_group, jnp.maximum(used - 1, 0)]).astype(jnp.int32)
     return Visits(group_V, tile_V, first_V, last_V, end_2), visit_ends[-1]
+
+
+def chunk_span(begin: Array, stop: Array) -> tuple[Array, Array]:
+    """The first of a tile's chunks that hold rows `begin` to `stop`, and their number."""
+    start = begin // CHUNK
+    return start, jnp.where(stop > begin, pl.cdiv(stop, CHUNK) - start, 0)

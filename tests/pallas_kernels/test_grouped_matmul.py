@@ -1,5 +1,7 @@
 """The grouped matmul against a loop over groups, and the work it compiles to."""
 
+import contextlib
+import functools
 import inspect
 import re
 
@@ -8,73 +10,186 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import api, grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.reference import block_count, block_rows
+from tests.pallas_kernels.interpret import interpreted
 
+IMPLEMENTATIONS = ["blocked", "padded", "ragged_dot", "tpu", None]
+M, N, K = 300, 640, 256  # for the TPU: two tiles of rows, two unequal ones of columns
 SIZES = {
-    "uneven": [5, 40, 0, 11],
-    "one group has all": [0, 0, 56, 0],
-    "surplus rows": [3, 0, 20, 8],
+    "uneven": [5, 230, 0, 65],
+    "one group has all": [0, 0, 300, 0],
+    "surplus rows": [3, 0, 270, 8],
+    "surplus tile": [3, 0, 0, 9],
     "no rows": [0, 0, 0, 0],
     "single rows": [1, 1, 1, 1],
+    "exact tile": [0, 256, 0, 44],
+    "one more": [257, 1, 42, 0],
+    "exact chunks": [64, 128, 0, 64],
+    "more than there are": [200, 150, 7, 0],
 }
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each_sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
-def loop_over_groups(x, w, sizes):
-    out, start = np.zeros((x.shape[0], w.shape[1])), 0
-    for group, size in enumerate(sizes):
-        out[start : start + size] = x[start : start + size] @ w[group].T
-        start += size
-    return out
+def wide(*arrays):
+    return [np.asarray(array, np.float64) for array in arrays]
 
 
-@pytest.fixture
-def operands(rng):
-    x = rng.standard_normal((56, 24)).astype(np.float32)
-    w = rng.standard_normal((4, 32, 24)).astype(np.float32)
-    return x, w
+def groups(sizes, rows=M):
+    """Each group with its rows, cut where there are no more."""
+    ends = np.minimum(np.cumsum(sizes), rows)
+    return enumerate(map(slice, [0, *ends[:-1]], ends))
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "padded", "ragged_dot", None])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_equals_loop_over_groups(operands, sizes, implementation):
-    x, w = operands
-    got = jax.jit(grouped_matmul, static_argnames="implementation")(
-        x, w, jnp.asarray(sizes), implementation=implementation
+def loop_over_groups(x, w, dy, sizes):
+    """The product and both gradients in float64."""
+    x, w, dy = wide(x, w, dy)
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    for group, rows in groups(sizes, len(x)):
+        y[rows] = x[rows] @ w[group].T
+        dx[rows] = dy[rows] @ w[group]
+        dw[group] = dy[rows].T @ x[rows]
+    return y, dx, dw
+
+
+@functools.cache
+def product_and_gradients(implementation):
+    """Compiled once for all sizes."""
+
+    @jax.jit
+    def call(x, w, dy, sizes):
+        y, back = jax.vjp(
+            lambda x, w: grouped_matmul(x, w, sizes, implementation=implementation),
+            x,
+            w,
+        )
+        return y, *back(dy)
+
+    return call
+
+
+def run(call, implementation, *operands):
+    """On a CPU; TPU kernels are interpreted, and races and stray reads fail."""
+    with interpreted() if implementation == "tpu" else contextlib.nullcontext():
+        return jax.block_until_ready(call(*operands))
+
+
+def operands(rng, dtype=jnp.float32, w_dtype=None):
+    shapes = (M, K), (4, N, K), (M, N)
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    return x, w.astype(w_dtype or dtype), dy
+
+
+@each_implementation
+@each_sizes
+def test_equals_loop_over_groups(rng, sizes, implementation):
+    x, w, dy = operands(rng)
+    call = product_and_gradients(implementation)
+    got = run(call, implementation, x, w, dy, jnp.asarray(sizes))
+    for array, expected in zip(got, loop_over_groups(x, w, dy, sizes)):
+        np.testing.assert_allclose(array, expected, atol=2e-4)
+    assert (np.asarray(got[0])[sum(sizes) :] == 0).all()
+
+
+@each_implementation
+def test_bfloat16_is_rounded_once(rng, implementation):
+    """Sums of hundreds of terms: a bfloat16 running sum would be off by far more."""
+    x, w, dy = operands(rng, jnp.bfloat16)
+    sizes = SIZES["uneven"]
+    call = product_and_gradients(implementation)
+    got = run(call, implementation, x, w, dy, jnp.asarray(sizes))
+    for array, expected in zip(got, loop_over_groups(x, w, dy, sizes)):
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_allclose(*wide(array, expected), rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "tpu", None])
+def test_gradient_of_float32_weights_is_not_rounded(rng, implementation):
+    x, w, dy = operands(rng, jnp.bfloat16, jnp.float32)
+    sizes = SIZES["exact chunks"]
+    call = product_and_gradients(implementation)
+    y, _, dw = run(call, implementation, x, w, dy, jnp.asarray(sizes))
+    assert (y.dtype, dw.dtype) == (jnp.bfloat16, jnp.float32)
+    *_, expected = loop_over_groups(x, w, dy, sizes)
+    np.testing.assert_allclose(dw, expected, atol=1e-4)
+
+
+def swiglu_by_hand(x, gate, up, scale, dh, sizes):
+    """h, dx, dgate, dup, dscale in float64."""
+    x, gate, up, scale, dh = wide(x, gate, up, scale, dh)
+    h, dx, dgate, dup = map(np.zeros_like, (dh, x, gate, up))
+    dscale = np.zeros(len(x))
+    for group, rows in groups(sizes, len(x)):
+        g, u, s = x[rows] @ gate[group].T, x[rows] @ up[group].T, scale[rows, None]
+        sigmoid = 1 / (1 + np.exp(-g))
+        h[rows] = g * sigmoid * u * s
+        dg = dh[rows] * s * u * sigmoid * (1 + g * (1 - sigmoid))
+        du = dh[rows] * s * g * sigmoid
+        dx[rows] = dg @ gate[group] + du @ up[group]
+        dgate[group], dup[group] = dg.T @ x[rows], du.T @ x[rows]
+        dscale[rows] = (dh[rows] * g * sigmoid * u).sum(axis=1)
+    return h, dx, dgate, dup, dscale
+
+
+@functools.cache
+def swiglu_and_gradients(implementation):
+    @jax.jit
+    def call(x, gate, up, scale, dh, sizes):
+        def product(x, gate, up, scale):
+            return grouped_swiglu(
+                x, gate, up, sizes, scale_M=scale, implementation=implementation
+            )
+
+        if implementation == "tpu":
+            # The interpreter has side effects, which a custom gradient that knows of
+            # rematerialisation refuses: its two halves by themselves.
+            operands = (x, gate, up, scale, api._within(sizes, M))
+            h, saved = api._swiglu_forward(*operands, "tpu", M)
+            return h, *api._swiglu_backward("tpu", M, saved, dh)[:-1]
+        h, back = jax.vjp(product, x, gate, up, scale)
+        return h, *back(dh)
+
+    return call
+
+
+def swiglu_operands(rng, dtype=jnp.float32):
+    D, F = 256, 384
+    shapes = {(M, D): 1, (4, F, D): D**-0.5, (M,): 1, (M, F): 1}
+    x, gate, scale, dh = (
+        jnp.asarray(rng.standard_normal(shape) * size, dtype)
+        for shape, size in shapes.items()
     )
-    expected = loop_over_groups(x.astype(np.float64), w.astype(np.float64), sizes)
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+    up = jnp.asarray(rng.standard_normal(gate.shape) * D**-0.5, dtype)
+    return x, gate, up, scale.astype(jnp.float32), dh
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "padded"])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_gradients_equal_loop_over_groups(operands, sizes, implementation, rng):
-    x, w = operands
-    dy = rng.standard_normal((56, 32)).astype(np.float32)
-
-    def value(x, w):
-        y = grouped_matmul(x, w, jnp.asarray(sizes), implementation=implementation)
-        return (y * dy).sum()
-
-    dx, dw = jax.jit(jax.grad(value, argnums=(0, 1)))(x, w)
-    expected_dx, expected_dw, start = np.zeros(x.shape), np.zeros(w.shape), 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        expected_dx[rows] = dy[rows].astype(np.float64) @ w[group]
-        expected_dw[group] = dy[rows].T.astype(np.float64) @ x[rows]
-        start += size
-    np.testing.assert_allclose(dx, expected_dx, atol=3e-5)
-    np.testing.assert_allclose(dw, expected_dw, atol=3e-5)
+@each_implementation
+@pytest.mark.parametrize("case", ["uneven", "surplus tile", "more than there are"])
+def test_swiglu_equals_its_definition(rng, case, implementation):
+    arrays, sizes = swiglu_operands(rng), SIZES[case]
+    call = swiglu_and_gradients(implementation)
+    got = run(call, implementation, *arrays, jnp.asarray(sizes))
+    for array, expected in zip(got, swiglu_by_hand(*arrays, sizes)):
+        np.testing.assert_allclose(array, expected, atol=1e-4)
 
 
-def test_bfloat16_accumulates_in_float32(rng):
-    """256 terms of bf16 products: a bf16 running sum would be off by far more."""
-    x = jnp.asarray(rng.standard_normal((16, 256)), jnp.bfloat16)
-    w = jnp.asarray(rng.standard_normal((2, 8, 256)), jnp.bfloat16)
-    got = grouped_matmul(x, w, jnp.asarray([9, 7]))
-    assert got.dtype == jnp.bfloat16
-    expected = loop_over_groups(np.float64(x), np.float64(w), [9, 7])
-    np.testing.assert_allclose(np.float64(got), expected, rtol=2**-8, atol=1e-2)
+@pytest.mark.parametrize("implementation", ["blocked", "tpu"])
+def test_swiglu_in_bfloat16(rng, implementation):
+    arrays, sizes = swiglu_operands(rng, jnp.bfloat16), SIZES["uneven"]
+    call = swiglu_and_gradients(implementation)
+    got = run(call, implementation, *arrays, jnp.asarray(sizes))
+    for array, expected in zip(got, swiglu_by_hand(*arrays, sizes)):
+        error = np.linalg.norm(np.float64(array) - expected)
+        assert error <= 4e-3 * np.linalg.norm(expected)
+
+
+def test_swiglu_without_a_scale(rng):
+    x, gate, up, scale, _ = swiglu_operands(rng)
+    sizes = jnp.asarray(SIZES["uneven"])
+    got = grouped_swiglu(x, gate, up, sizes)
+    expected = grouped_swiglu(x, gate, up, sizes, scale_M=jnp.ones_like(scale))
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads XLA:CPU's program")
@@ -109,7 +224,45 @@ def test_bad_shapes_are_named(x, w, sizes, message):
         )
 
 
-def test_unknown_implementation_is_named(operands):
+def test_unknown_implementation_is_named(rng):
+    x, w, _ = operands(rng)
     with pytest.raises(ValueError, match="'cuda'"):
-        x, w = map(jnp.asarray, operands)
-        grouped_matmul(x, w, jnp.asarray([1, 2, 3, 4]), implementation="cuda")
+        grouped_matmul(x, w, jnp.asarray(SIZES["uneven"]), implementation="cuda")
+
+
+@pytest.mark.parametrize("expected_rows", [-1, M + 1])
+def test_expected_rows_are_some_of_the_rows(rng, expected_rows):
+    x, w, _ = operands(rng)
+    with pytest.raises(ValueError, match=f"expected_rows={expected_rows} of {M} rows"):
+        grouped_matmul(x, w, jnp.asarray(SIZES["uneven"]), expected_rows=expected_rows)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "dtype", "message"),
+    [
+        ((8, 128), (2, 96, 128), jnp.float32, "multiples of 128.*N=96"),
+        ((8, 64), (2, 128, 64), jnp.float32, "multiples of 128.*K=64"),
+        ((8, 128), (2, 128, 128), jnp.float16, "bfloat16 or float32.*float16"),
+        ((0, 128), (2, 128, 128), jnp.float32, "no empty operands"),
+        ((8, 65536), (2, 128, 65536), jnp.float32, "exceed its memory"),
+    ],
+)
+def test_what_the_tpu_kernel_does_not_take_is_named(x, w, dtype, message):
+    x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, w))
+    sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
+    call = functools.partial(grouped_matmul, implementation="tpu")
+    with pytest.raises(NotImplementedError, match=message):
+        jax.eval_shape(call, x, w, sizes)
+    if x.shape[0]:  # left to plain JAX where nothing was named
+        plain = jax.eval_shape(grouped_matmul, x, w, sizes)
+        assert plain.shape == (x.shape[0], w.shape[1])
+
+
+def test_swiglu_names_what_differs(rng):
+    x, gate, up, scale, _ = swiglu_operands(rng)
+    sizes = jnp.asarray(SIZES["uneven"])
+    swiglu = inspect.unwrap(grouped_swiglu)
+    with pytest.raises(ValueError, match="differ"):
+        swiglu(x, gate, up[:, :128], sizes)
+    with pytest.raises(ValueError, match=r"scale_M.shape=\(7,\)"):
+        swiglu(x, gate, up, sizes, scale_M=scale[:7])

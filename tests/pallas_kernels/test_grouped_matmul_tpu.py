@@ -1,0 +1,316 @@
+"""The grouped matmul for TPUs: its schedule, what it moves and multiplies, and what the
+real TPU compiler makes of it. Its results are in `test_grouped_matmul.py`.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, pallas_tpu
+from pallas_kernels.grouped_matmul import tiles_tpu as tiles
+from pallas_kernels.grouped_matmul.traffic import outer_traffic, rows_traffic
+from tests.pallas_kernels.aot import compile_for_tpu, tpu
+from tests.pallas_kernels.interpret import interpreted
+
+MODELS = {"v3": (7168, 2048), "v2": (5120, 1536), "v2-lite": (2048, 1408)}  # D, F
+CHIPS = {
+    "v5e:2x2": "TPU v5 lite",
+    "v5p:2x2x1": "TPU v5",
+    "v6e:2x2": "TPU v6 lite",
+    "tpu7x:2x2x1": "TPU7x",
+}
+
+
+def routed(rng, groups, rows):
+    return rng.multinomial(rows, np.ones(groups) / groups).tolist()
+
+
+# --- the schedule
+
+
+@pytest.mark.parametrize("rows", [1, 256, 300, 1024])
+@pytest.mark.parametrize("groups", [1, 7, 300])
+@pytest.mark.parametrize("empty", [False, True])
+def test_every_row_meets_its_matrix_once(rng, rows, groups, empty):
+    sizes = rng.multinomial(rng.integers(rows + 1), rng.dirichlet(np.ones(groups) / 4))
+    visits, count = tiles.schedule(jnp.asarray(sizes), rows=rows, tile=64, empty=empty)
+    assert count < len(visits.group_V)  # the kernel looks one visit ahead
+    owner, seen = np.full(-(-rows // 64) * 64, -1), set()
+    for v in range(int(count)):
+        group, tile, first, last = (int(field[v]) for field in visits[:4])
+        begin, end = tile * 64 + first, tile * 64 + last
+        assert (owner[begin:end] == -1).all()
+        owner[begin:end] = group
+        seen.add(group)
+    expected = np.repeat(np.arange(groups), sizes)
+    np.testing.assert_array_equal(owner[: len(expected)], expected)
+    assert (owner[len(expected) :] == -1).all()
+    visited = np.asarray(visits.tile_V)[: int(count)]
+    assert (np.diff(visited) >= 0).all()  # a tile's visits are in a row
+    if empty:  # every group's gradient is written
+        assert seen == set(range(groups))
+    else:  # every tile of rows is
+        assert set(visited) == set(range(-(-rows // 64)))
+
+
+# --- what is moved and multiplied
+
+SIZES = [3, 0, 290, 0, 120, 30]  # of 512 rows
+ROWS, OUT, INNER = 512, 512, 256
+
+
+def counted(call, *operands):
+    """Bytes copied for each operand, in their order, by name of the kernel's refs."""
+    with interpreted() as copies:
+        jax.block_until_ready(jax.jit(call)(*operands))
+    return [copies[name] for name in sorted(copies)]
+
+
+def arrays(rng, *shapes):
+    return [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_rows_move_what_the_table_says(rng, turned):
+    shape = (OUT, INNER) if turned else (INNER, OUT)
+    x, w = arrays(rng, (ROWS, INNER), (len(SIZES), *shape))
+    run = pallas_tpu.product if turned else pallas_tpu.row_gradient
+    run = functools.partial(run, expected_rows=ROWS)
+    said = rows_traffic(SIZES, rows=ROWS, contracted=INNER, out=OUT, turned=turned)
+    expected = [said.moved[name] for name in ("x", "w", "y")]
+    assert counted(run, x, w, jnp.asarray(SIZES)) == expected
+
+
+def test_swiglu_moves_what_the_table_says(rng):
+    x, gate, up = arrays(rng, (ROWS, INNER), *[(len(SIZES), OUT, INNER)] * 2)
+    run = functools.partial(pallas_tpu.swiglu, expected_rows=ROWS, kept=True)
+    said = rows_traffic(
+        SIZES, rows=ROWS, contracted=INNER, out=OUT, matrices=2, outputs=3, scales=1
+    )
+    got = counted(run, x, gate, up, jnp.ones(ROWS), jnp.asarray(SIZES))
+    x_bytes, *w_bytes, scale_bytes = got[:4]
+    assert (x_bytes, sum(w_bytes)) == (said.moved["x"], said.moved["w"])
+    assert scale_bytes * tiles.LANES == said.moved["scale"]  # a column of whole lanes
+    assert sum(got[4:]) == said.moved["y"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_weight_gradient_moves_what_the_table_says(rng, dtype):
+    dy, x = arrays(rng, (ROWS, OUT), (ROWS, INNER))
+    run = functools.partial(pallas_tpu.weight_gradient, dtype=dtype, expected_rows=ROWS)
+    bytes_each = jnp.dtype(dtype).itemsize
+    said = outer_traffic(SIZES, rows=ROWS, N=OUT, K=INNER, out_bytes=bytes_each)
+    expected = [said.moved[name] for name in ("dy", "x", "dw")]
+    assert sorted(counted(run, dy, x, jnp.asarray(SIZES))) == sorted(expected)
+
+
+def test_rows_multiply_what_the_table_says(rng, monkeypatch):
+    """Every product is of one block of x and one of w read in full depth."""
+    reads = []
+
+    def dot(a, b, axes):
+        reads.append((a.shape, b.shape))
+        return jnp.full((a.shape[0], b.shape[0]), a.shape[0], jnp.float32)
+
+    monkeypatch.setattr(pallas_tpu, "_dot", dot)
+    x, w = arrays(rng, (ROWS, INNER), (len(SIZES), OUT, INNER))
+    with interpreted():
+        y = jax.jit(functools.partial(pallas_tpu.product, expected_rows=ROWS))(
+            x, w, jnp.asarray(SIZES)
+        )
+        y = np.asarray(y[:, 0], np.float32)
+    # Each row says how many rows were multiplied together with it.
+    visits, count = tiles.schedule(
+        jnp.asarray(SIZES), rows=ROWS, tile=tiles.ROWS, empty=False
+    )
+    total = 0
+    for v in range(int(count)):
+        tile, first, last = (int(field[v]) for field in visits[1:4])
+        if last > first:
+            (together,) = set(y[tile * tiles.ROWS + first : tile * tiles.ROWS + last])
+            total += together
+    said = rows_traffic(SIZES, rows=ROWS, contracted=INNER, out=OUT)
+    assert said.flops == 2 * total * INNER * OUT
+    assert said.flops_needed == 2 * sum(SIZES) * INNER * OUT
+
+
+@pytest.mark.parametrize(("D", "F"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind", CHIPS.values())
+def test_targets(rng, monkeypatch, D, F, kind):
+    """At most 1.15 times the operations, 1.05 the bytes of weights."""
+    monkeypatch.setattr(tiles, "scoped_vmem", lambda: tiles.SCOPED_VMEM[kind])
+    sizes = routed(rng, 8, 4096)
+    products = [
+        rows_traffic(sizes, rows=4096, contracted=D, out=F),
+        rows_traffic(sizes, rows=4096, contracted=F, out=D, turned=False),
+        rows_traffic(sizes, rows=4096, contracted=D, out=F, matrices=2, scales=1),
+    ]
+    assert all(said.ratio("w") == 1 for said in products)
+    products.append(outer_traffic(sizes, rows=4096, N=F, K=D))
+    assert products[-1].ratio("dw") == 1
+    assert all(said.flops <= 1.15 * said.flops_needed for said in products)
+
+
+@pytest.mark.parametrize(("D", "F"), MODELS.values(), ids=MODELS)
+def test_targets_of_decoding(rng, D, F):
+    """Two rows a group: weights of groups that have rows, once; those of others never."""
+    sizes = routed(rng, 256, 512)
+    assert 0 in sizes
+    said = rows_traffic(sizes, rows=512, contracted=D, out=F)
+    assert said.ratio("w") == 1
+    assert said.ratio() <= 1.05
+
+
+# --- what the compiler is told, and what it makes of it
+
+
+def test_cost_is_of_the_expected_rows():
+    x = jax.ShapeDtypeStruct((1024, 256), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((4, 384, 256), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def both_ways(x, w, sizes):
+        multiply = functools.partial(
+            grouped_matmul, implementation="tpu", expected_rows=100
+        )
+        y, back = jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)
+        return back(y)
+
+    jaxpr = str(jax.make_jaxpr(both_ways)(x, w, sizes))
+    flops = [int(n) for n in re.findall(r"CostEstimate\(flops=(\d+)", jaxpr)]
+    assert flops == [2 * 100 * 384 * 256] * 3
+
+
+def compiled(chip, call, *shapes):
+    """The compiled program, in the knowledge of the chip."""
+    with jax.set_mesh(Mesh(np.array(tpu(chip).devices[:1]), ("x",))):
+        assert tiles.scoped_vmem() == tiles.SCOPED_VMEM[CHIPS[chip]]
+        return compile_for_tpu(chip, call, *shapes).as_text()
+
+
+def spec(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def sizes_spec(groups):
+    return spec(groups, dtype=jnp.int32)
+
+
+def kernels(text):
+    """How many kernels are in a program without copies of operands or results, except
+    for a scale's column.
+    """
+    assert not re.findall(
+        r"= (?:bf16|f32)\[\d+,(?!1\])[^=]* (?:copy|transpose)\(", text
+    )
+    return text.count('custom_call_target="tpu_custom_call"')
+
+
+def product_both_ways(x, w, sizes, dy):
+    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+    return y, *back(dy)
+
+
+def compile_product(chip, groups, rows, outer, inner, dtype=jnp.bfloat16):
+    spec_of = functools.partial(spec, dtype=dtype)
+    operands = spec_of(rows, inner), spec_of(groups, outer, inner)
+    text = compiled(
+        chip, product_both_ways, *operands, sizes_spec(groups), spec_of(rows, outer)
+    )
+    assert kernels(text) == 3
+
+
+def compile_swiglu(chip, groups, rows, D, F):
+    def both_ways(x, gate, up, scale, sizes, dh):
+        h, back = jax.vjp(
+            lambda *operands: grouped_swiglu(*operands[:3], sizes, scale_M=operands[3]),
+            *(x, gate, up, scale),
+        )
+        return h, *back(dh)
+
+    weights, scale = spec(groups, F, D), spec(rows, dtype=jnp.float32)
+    operands = (spec(rows, D), weights, weights, scale, sizes_spec(groups))
+    assert kernels(compiled(chip, both_ways, *operands, spec(rows, F))) == 4
+
+
+def compile_decoding(chip, groups, rows, D, F):
+    def experts(x, gate, up, down, sizes):
+        return grouped_matmul(grouped_swiglu(x, gate, up, sizes), down, sizes)
+
+    weights = spec(groups, F, D), spec(groups, F, D), spec(groups, D, F)
+    text = compiled(chip, experts, spec(rows, D), *weights, sizes_spec(groups))
+    assert kernels(text) == 2
+
+
+def test_compiles_for_a_v5p():
+    compile_product("v5p:2x2x1", 8, 4096, *reversed(MODELS["v3"]))
+
+
+def test_compiles_for_a_v6e():
+    compile_swiglu("v6e:2x2", 8, 4096, *MODELS["v2-lite"])
+
+
+def test_compiles_for_a_v5e():
+    compile_decoding("v5e:2x2", 32, 512, *MODELS["v3"])
+
+
+def test_compiles_for_a_tpu7x():
+    compile_decoding("tpu7x:2x2x1", 256, 512, *MODELS["v3"])
+
+
+def test_first_pass_under_checkpoint_writes_the_result_alone():
+    def loss(x, gate, up, sizes):
+        h = jax.checkpoint(lambda x: grouped_swiglu(x, gate, up, sizes))(x)
+        return (h.astype(jnp.float32) ** 2).sum()
+
+    weights = spec(4, 256, 256)
+    text = compiled(
+        "v5p:2x2x1", jax.grad(loss), spec(512, 256), weights, weights, sizes_spec(4)
+    )
+    results = re.findall(r"= (.*?) custom-call\(.*tpu_custom_call", text)
+    assert sorted(result.count("bf16[") for result in results) == [1, 1, 3]
+
+
+HBM = {"v5e:2x2": 15.75, "v5p:2x2x1": 95.74, "v6e:2x2": 31.25, "tpu7x:2x2x1": 94.75}
+
+
+def those_that_fit(shapes, matrices):
+    """(chip, groups, rows, D, F) where so many weights of bfloat16 leave some room."""
+    for chip, (D, F), (groups, rows) in itertools.product(
+        CHIPS, MODELS.values(), shapes
+    ):
+        if 2 * matrices * groups * D * F < 0.8 * HBM[chip] * 2**30:
+            yield chip, groups, rows, D, F
+
+
+TRAINING = [(4, 65536), (8, 4096), (32, 8192), (64, 6000), (256, 32768)]
+DECODING = [(256, 512), (256, 8), (64, 6), (32, 4096), (4, 64)]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", those_that_fit(TRAINING, 4), ids=str)
+def test_compiles_for_training(case):
+    chip, groups, rows, D, F = case
+    for outer, inner in [(F, D), (D, F)]:
+        compile_product(chip, groups, rows, outer, inner)
+    compile_swiglu(chip, groups, rows, D, F)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", those_that_fit(DECODING, 3), ids=str)
+def test_compiles_for_decoding(case):
+    compile_decoding(*case)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("D", "F"), MODELS.values(), ids=MODELS)
+def test_compiles_in_float32(chip, D, F):
+    for outer, inner in itertools.permutations((D, F)):
+        compile_product(chip, 8, 1024, outer, inner, jnp.float32)
