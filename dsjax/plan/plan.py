@@ -103,6 +103,7 @@ class Plan:
                 for (kind, axes), size in sorted(self.cost.sent.items())
             ],
             "loops_not_entered": self.cost.skipped_loops,
+            "uncounted_kernels": sorted(self.cost.uncounted),
             "roofline_seconds": {
                 "compute": self.roofline.compute,
                 "memory": self.roofline.memory,
