@@ -50,6 +50,8 @@ def look_up(
         rows, together = tokens_BT.size, math.prod(map(jax.lax.axis_size, shared))
         least = min(rows, -(-rows * together // CHUNK))
         chunks = next(n for n in range(least, rows + 1) if rows % n == 0)
+        if chunks == 1:
+            return parts(table_VD, tokens_BT.reshape(-1)).reshape(*tokens_BT.shape, -1)
         x = jax.lax.map(
             lambda tokens_N: parts(table_VD, tokens_N), tokens_BT.reshape(chunks, -1)
         )

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.implementations import IMPLEMENTATIONS, dispatch
+from pallas_kernels.grouped_matmul.implementations import (
+    IMPLEMENTATIONS,
+    combine,
+    dispatch,
+)
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
@@ -67,10 +71,10 @@ def grouped_swiglu(
     """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T) * scale[m].
 
     All but the products' own rounding is float32 until the end; without `scale` it is 1.
-    Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU both
-    products are one kernel where their tiles fit, which reads `x` once and rounds the
-    result alone. The gradient needs both products: they are what is kept for it, by the
-    name KEPT, and the result is made from them.
+    Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU all
+    is one kernel where its tiles fit, which reads `x` once and rounds the result alone.
+    The gradient needs both products: then they are what one kernel makes and what is
+    kept, by the name KEPT, and the result is made from them.
     """
     expected_rows = _check(x_MD, gate_GFD, sizes_G, implementation, expected_rows)
     if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
@@ -116,34 +120,27 @@ _product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _swiglu(x, gate, up, scale, sizes, implementation, expected_rows):
-    operands, options = (x, gate, up, scale, sizes), (implementation, expected_rows)
-    (h,) = _run_swiglu(*operands, *options, kept=False)
-    return h
-
-
-def _run_swiglu(x, gate, up, scale, sizes, implementation, expected_rows, *, kept):
     operands = (x, gate.astype(x.dtype), up.astype(x.dtype), scale, sizes)
-    options = {"kept": kept, "expected_rows": expected_rows}
-    return dispatch(implementation, "swiglu", x, gate, *operands, **options)
+    return dispatch(
+        implementation, "swiglu", x, gate, *operands, expected_rows=expected_rows
+    )
 
 
 def _swiglu_forward(x, gate, up, scale, sizes, implementation, expected_rows):
-    operands, options = (x, gate, up, scale, sizes), (implementation, expected_rows)
-    _, *products = _run_swiglu(*operands, *options, kept=True)
+    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+    products = dispatch(
+        implementation, "both", x, gate, *operands, expected_rows=expected_rows
+    )
     products = [checkpoint_name(product, KEPT) for product in products]
     # From what is kept: where that is found again, no product is computed again.
-    return _combine(*products, scale).astype(x.dtype), (*operands, *products)
-
-
-def _combine(gated, lifted, scale):
-    gated, lifted = (a.astype(jnp.float32) for a in (gated, lifted))
-    return jax.nn.silu(gated) * lifted * scale.astype(jnp.float32)[:, None]
+    h = combine(*products, scale).astype(x.dtype)
+    return h, (x, gate, up, scale, sizes, *products)
 
 
 def _swiglu_backward(implementation, expected_rows, saved, dh):
     x, gate, up, scale, sizes, gated, lifted = saved
 
-    _, back = jax.vjp(_combine, gated, lifted, scale)
+    _, back = jax.vjp(combine, gated, lifted, scale)
     dgated, dlifted, dscale = back(dh.astype(jnp.float32))
     operands = (dgated, dlifted, x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
     options = {"dtype": gate.dtype, "expected_rows": expected_rows}

@@ -27,7 +27,8 @@ class Implementation(NamedTuple):
 
     product: Callable  # x, w, sizes -> y
     gradients: Callable  # dy, x, w, sizes -> dx, dw
-    swiglu: Callable  # x, gate, up, scale, sizes -> (h,); if `kept`, both products, too
+    swiglu: Callable  # x, gate, up, scale, sizes -> h
+    both: Callable  # x, gate, up, sizes -> x @ gate.T, x @ up.T
     swiglu_gradients: (
         Callable  # dgate, dup, x, gate, up, sizes -> dx, and both weights'
     )
@@ -64,6 +65,18 @@ def dispatch(
     )
 
 
+def combine(
+    gated_MF: Float[Array, "M F"],
+    lifted_MF: Float[Array, "M F"],
+    scale_M: Float[Array, " M"],
+) -> Float[Array, "M F"]:
+    """silu(gated) * lifted * scale, in float32."""
+    gated_MF, lifted_MF, scale_M = (
+        a.astype(jnp.float32) for a in (gated_MF, lifted_MF, scale_M)
+    )
+    return jax.nn.silu(gated_MF) * lifted_MF * scale_M[:, None]
+
+
 def ragged_dot(
     x_MK: Float[Array, "M K"], w_GNK: Float[Array, "G N K"], sizes_G: Int[Array, " G"]
 ) -> Float[Array, "M N"]:
@@ -95,18 +108,19 @@ def _plain(product: Callable, gradients: Callable | None = None) -> Implementati
 def _composed(product: Callable, gradients: Callable) -> Implementation:
     """SwiGLU from two products, one after the other."""
 
-    def swiglu(x, gate, up, scale, sizes, *, kept, **rows):
-        gate, up = product(x, gate, sizes, **rows), product(x, up, sizes, **rows)
-        h = jax.nn.silu(gate.astype(jnp.float32)) * up * scale[:, None]
-        h = h.astype(x.dtype)
-        return (h, gate, up) if kept else (h,)
+    def both(x, gate, up, sizes, **rows):
+        return product(x, gate, sizes, **rows), product(x, up, sizes, **rows)
+
+    def swiglu(x, gate, up, scale, sizes, **rows):
+        gate, up = both(x, gate, up, sizes, **rows)
+        return combine(gate, up, scale).astype(x.dtype)
 
     def swiglu_gradients(dgate, dup, x, gate, up, sizes, **options):
         through_gate, dgate = gradients(dgate, x, gate, sizes, **options)
         through_up, dup = gradients(dup, x, up, sizes, **options)
         return through_gate + through_up, dgate, dup
 
-    return Implementation(product, gradients, swiglu, swiglu_gradients)
+    return Implementation(product, gradients, swiglu, both, swiglu_gradients)
 
 
 def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
@@ -114,10 +128,16 @@ def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
     return dx, pallas_tpu.weight_gradient(dy, x, sizes, dtype=dtype, **rows)
 
 
-def _tpu_swiglu(x, gate, up, scale, sizes, **options):
+def _tpu_swiglu(x, gate, *operands, **rows):
     apart = tpu_lacks(x.shape[0], gate.shape, x.dtype, gated=True)
     run = _TPU_COMPOSED.swiglu if apart else pallas_tpu.swiglu
-    return run(x, gate, up, scale, sizes, **options)
+    return run(x, gate, *operands, **rows)
+
+
+def _tpu_both(x, gate, *operands, **rows):
+    apart = tpu_lacks(x.shape[0], gate.shape, x.dtype, gated=True)
+    run = _TPU_COMPOSED.both if apart else pallas_tpu.both
+    return run(x, gate, *operands, **rows)
 
 
 def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
@@ -140,6 +160,10 @@ IMPLEMENTATIONS = {
     "padded": _plain(padded),
     "ragged_dot": _plain(ragged_dot),
     "tpu": Implementation(
-        pallas_tpu.product, _tpu_gradients, _tpu_swiglu, _tpu_swiglu_gradients
+        pallas_tpu.product,
+        _tpu_gradients,
+        _tpu_swiglu,
+        _tpu_both,
+        _tpu_swiglu_gradients,
     ),
 }

@@ -90,20 +90,35 @@ def swiglu(
     sizes_G: Int[Array, " G"],
     *,
     expected_rows: int,
-    kept: bool,
-) -> tuple[Float[Array, "M F"], ...]:
-    """silu(x @ gate.T) * (x @ up.T) * scale, x read once for both products; if `kept`,
-    also both products, for the gradient.
-    """
+) -> Float[Array, "M F"]:
+    """silu(x @ gate.T) * (x @ up.T) * scale, x read once for both products."""
 
     def combine(gate, up, scale):
-        h = jax.nn.silu(gate) * up * scale
-        return (h, gate, up) if kept else (h,)
+        return (jax.nn.silu(gate) * up * scale,)
 
-    w, outputs = (gate_GFD, up_GFD), 3 if kept else 1
-    return _rows(
-        (x_MD,), w, sizes_G, expected_rows, combine, outputs, scale_M, turned=True
+    w = (gate_GFD, up_GFD)
+    (h_MF,) = _rows(
+        (x_MD,), w, sizes_G, expected_rows, combine, 1, scale_M, turned=True
     )
+    return h_MF
+
+
+def both(
+    x_MD: Float[Array, "M D"],
+    gate_GFD: Float[Array, "G F D"],
+    up_GFD: Float[Array, "G F D"],
+    sizes_G: Int[Array, " G"],
+    *,
+    expected_rows: int,
+) -> tuple[Float[Array, "M F"], Float[Array, "M F"]]:
+    """x @ gate.T and x @ up.T, x read once."""
+
+    def combine(gate, up):
+        return gate, up
+
+    w = (gate_GFD, up_GFD)
+    gated, lifted = _rows((x_MD,), w, sizes_G, expected_rows, combine, 2, turned=True)
+    return gated, lifted
 
 
 def swiglu_row_gradient(

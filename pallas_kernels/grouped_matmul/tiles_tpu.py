@@ -47,7 +47,7 @@ class Operands(NamedTuple):
 
 ONE = Operands()
 SWIGLU = Operands(matrices=2, scales=1)
-SWIGLU_KEPT = Operands(matrices=2, scales=1, outputs=3)
+BOTH = Operands(matrices=2, outputs=2)
 SWIGLU_BACK = Operands(lhs=2, matrices=2)
 
 
@@ -136,12 +136,12 @@ def lacks(
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 or float32 ({dtype})"
     each = jnp.dtype(dtype).itemsize
-    there, back = (SWIGLU_KEPT, SWIGLU_BACK) if gated else (ONE, ONE)
-    tiles = (
-        row_tiles(rows, K, N, each, there),
-        row_tiles(rows, N, K, each, back),
+    there, back = ([SWIGLU, BOTH], [SWIGLU_BACK]) if gated else ([ONE], [ONE])
+    tiles = [
+        *(row_tiles(rows, K, N, each, has) for has in there),
+        *(row_tiles(rows, N, K, each, has) for has in back),
         outer_tiles(rows, N, K, each, 4),
-    )
+    ]
     return f"tiles of {N=}, {K=}, {dtype} exceed its memory" if None in tiles else ""
 
 
