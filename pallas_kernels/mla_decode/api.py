@@ -51,9 +51,10 @@ def mla_decode(
     unless it is paged. Results have the dtype of `q`. There is no gradient.
 
     `implementation`: "pallas_tpu" is for queries and cache of one dtype, bfloat16 or
-    float32, a latent that 128 divides, a rotary part that 16 divides, rows or pages of
-    slots that 128 divides, at most 512 queries (T N) a row; "reference" is plain JAX.
-    None takes the kernel on a TPU where it can, else the reference, and says so once.
+    float32, a latent that 128 divides, of 512 at most, a rotary part that 16 divides, of
+    128 at most, rows or pages of slots that 128 divides, 512 queries (T N) a row at most;
+    "reference" is plain JAX. None takes the kernel on a TPU where it can, else the
+    reference, and says so once.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
@@ -92,8 +93,9 @@ def append(
 
     Entries behind a row's last slot are dropped. In place, where the cache is donated or
     carried by a loop: on a TPU, XLA's own way to write a column has the whole cache
-    turned round and back for it. Arguments as in `mla_decode`; paged, rows may not be
-    cut. `implementation`: the kernel takes 128 tokens at most.
+    turned round for it. Arguments as in `mla_decode`; paged, rows may not be cut, and the
+    pages written to have to be there, each for one row: else nothing outside the cache is
+    touched, but what these pages hold is not defined. The kernel takes 128 tokens at most.
 
     Raises:
         ValueError: shapes do not fit, or the implementation is unknown.

@@ -35,8 +35,8 @@ def lacks(q_latent: Array, q_rope: Array, latent: Array, pages: Array | None) ->
         or q_latent.dtype != latent.dtype
     ):
         return f"{q_latent.dtype} queries on a cache of {latent.dtype}"
-    if L % 128 or R % 16:
-        return f"a latent of {L} and a rotary part of {R}: not multiples of 128 and 16"
+    if L % 128 or R % 16 or L > 512 or R > 128:
+        return f"sizes {L} and {R}: not multiples of 128 and 16 up to 512 and 128"
     if Z % PIECE:
         return f"rows or pages of {Z} slots: {PIECE} has to divide them"
     if pages is not None and block % Z and Z % block:
@@ -107,7 +107,7 @@ def decode(
     )(
         jnp.clip(lengths_B, 0, slots).astype(jnp.int32),
         jnp.reshape(layer, 1).astype(jnp.int32),
-        pages_BP.astype(jnp.int32),
+        jnp.clip(pages_BP, 0, latent_YXZL.shape[1] - 1).astype(jnp.int32),
         q_BTNL.reshape(B, M, L),
         q_BTNR.reshape(B, M, R),
         latent_YXZL,
@@ -136,18 +136,18 @@ def append(
     pages_BP: Int[Array, "B P"] | None,
 ) -> Float[Array, "Y X R Z"]:
     """See `pallas_kernels.mla_decode.api`: tiles of 128 slots, read, changed, written."""
-    (B, T, R), Z = new_BTR.shape, rope_YXRZ.shape[-1]
+    (B, T, R), (_, X, _, Z) = new_BTR.shape, rope_YXRZ.shape
     if pages_BP is None:  # a row is one page
         pages_BP = jnp.arange(B, dtype=jnp.int32)[:, None]
     tiles = Z * pages_BP.shape[1] // PIECE  # of a row
 
     def tile(row, number, first_ref):
         """The row's tile that step `number` changes; behind the end, the last."""
-        return jnp.minimum(lax.div(first_ref[row], PIECE) + number, tiles - 1)
+        return jnp.clip(lax.div(first_ref[row], PIECE) + number, 0, tiles - 1)
 
     def place(row, number, first_ref, layer_ref, pages_ref):
         slot = tile(row, number, first_ref) * PIECE
-        page = pages_ref[row, lax.div(slot, Z)]
+        page = jnp.clip(pages_ref[row, lax.div(slot, Z)], 0, X - 1)
         return layer_ref[0], page, 0, lax.div(lax.rem(slot, Z), PIECE)
 
     def kernel(first_ref, layer_ref, pages_ref, new_ref, old_ref, out_ref):

@@ -55,11 +55,13 @@ def append(
     """See `pallas_kernels.mla_decode.api`."""
     (B, T, _), Z = new_BTR.shape, rope_YXRZ.shape[-1]
     slot_BT = first_B[:, None] + jnp.arange(T)
-    place_BT = jnp.arange(B)[:, None]
+    place_BT, slots = jnp.arange(B)[:, None], Z
     if pages_BP is not None:
-        end = pages_BP.shape[1] * Z
-        page_BT = jnp.take_along_axis(pages_BP, slot_BT // Z, axis=1, mode="clip")
-        place_BT, slot_BT = page_BT, jnp.where(slot_BT < end, slot_BT % Z, Z)
+        slots = pages_BP.shape[1] * Z
+        page_BT = jnp.clip(slot_BT // Z, 0, pages_BP.shape[1] - 1)
+        place_BT = jnp.take_along_axis(pages_BP, page_BT, axis=1)
+    fits = (slot_BT >= 0) & (slot_BT < slots)
+    slot_BT = jnp.where(fits, slot_BT % Z, Z)  # slot Z is dropped
     new = new_BTR.astype(rope_YXRZ.dtype)
     return rope_YXRZ.at[layer, place_BT, :, slot_BT].set(new, mode="drop")
 

@@ -191,6 +191,14 @@ def test_a_short_row_costs_what_a_short_row_costs():
     assert many.flops - one.flops == work.count([8192], **sizes).flops
 
 
+def test_pages_that_are_not_there_are_the_nearest(rng):
+    """Nothing is read out of bounds."""
+    *arrays, pages = operands(rng, CASES["pages as large as a block"], F32)
+    wrong, near = (pages.at[0].set(jnp.array(row)) for row in ([-5, 99], [0, 6]))
+    for got, expected in zip(run("pallas_tpu", *arrays, wrong), by_hand(*arrays, near)):
+        np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
 # --- appending
 
 
@@ -243,6 +251,11 @@ def test_append_writes_what_fits_and_nothing_else(
         (dict(latent=(2, 3, 256, 64)), ValueError, "latents of queries and cache"),
         (dict(lengths=(2,)), ValueError, "rows, tokens or heads"),
         (dict(pages_BP=(2, 1)), ValueError, r"pages of \(2, 1\) for 3 rows"),
+        (
+            dict(latent=(2, 3, 256, 640), q_latent=(3, 1, 4, 640)),
+            NotImplementedError,
+            "sizes 640 and 16",
+        ),
         (
             dict(latent=(2, 3, 200, 128), rope=(2, 3, 16, 200)),
             NotImplementedError,
