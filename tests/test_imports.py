@@ -30,6 +30,7 @@ MAY_IMPORT = {
         "dsjax.hosts",
     ),
     "dsjax.eval": ("dsjax.decode", "dsjax.data"),
+    "dsjax.plan": ("dsjax.train", "dsjax.decode"),
     "dsjax.count": ("dsjax.nn", "dsjax.models", "dsjax.checkpoint"),
     "pallas_kernels": ("pallas_kernels",),
 }

@@ -40,7 +40,7 @@ from dsjax.sharding import AXES
 AXIS = "expert"
 SLACK = 1.25
 TILE = 128  # the room is a multiple of it, or rows are copied for their alignment
-CHUNK_BYTES = 2**29  # of rows that even routing brings to a device
+CHUNK_BYTES = 2**27  # of rows that even routing brings to a device
 
 Experts = Callable[..., Float[Array, "N D"]]
 Weights = tuple[Array, ...]

@@ -3,6 +3,8 @@
 Letters: B batch, T length, D model, V vocabulary.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.sharding import axes_of
 
-CHUNK = 4096  # tokens of a device that are looked up at once
+CHUNK = 8192  # tokens that a device looks up at once, others' among them
 
 
 def look_up(
@@ -45,8 +47,9 @@ def look_up(
     def local(table_VD, tokens_BT):
         for axis in reversed(stored):  # one at a time: two compile to an all-reduce
             table_VD = jax.lax.all_gather(table_VD, axis, axis=1, tiled=True)
-        rows = tokens_BT.size
-        chunks = next(n for n in range(-(-rows // CHUNK), rows + 1) if rows % n == 0)
+        rows, together = tokens_BT.size, math.prod(map(jax.lax.axis_size, shared))
+        least = min(rows, -(-rows * together // CHUNK))
+        chunks = next(n for n in range(least, rows + 1) if rows % n == 0)
         x = jax.lax.map(
             lambda tokens_N: parts(table_VD, tokens_N), tokens_BT.reshape(chunks, -1)
         )

@@ -6,8 +6,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from dsjax.nn.groups import groups, in_groups
 from dsjax.nn.options import Build, keep
 from dsjax.nn.weights import batch_axes, facing, use
+
+HIDDEN_BYTES = 2**31  # of a feed-forward's three hidden arrays on a device at once
 
 
 class SwiGlu(nnx.Module):
@@ -21,9 +24,15 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Same shape and dtype as `x`."""
-        rows = P(batch_axes(x_BTD), None, None)
         weights = self.weights()
-        return swiglu(facing(x_BTD, weights[0]), *weights, out_sharding=rows)
+
+        def feed_forward(x_BTD):
+            rows = P(batch_axes(x_BTD), None, None)
+            return swiglu(facing(x_BTD, weights[0]), *weights, out_sharding=rows)
+
+        token_bytes = 3 * weights[0].shape[0] * x_BTD.dtype.itemsize
+        number = groups(x_BTD, token_bytes, at_once=HIDDEN_BYTES)
+        return in_groups(feed_forward, number, x_BTD)
 
     def weights(self) -> tuple[Array, Array, Array]:
         """Gate, up [F, D] and down [D, F], as they are used."""

@@ -4,6 +4,8 @@ Letters: B batch, T length, S cache slots, D model, N heads, H the head part at 
 query latent, L latent, R rotary part, C latent + rotary part.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,12 +16,15 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import Mla, Yarn
 from dsjax.nn import cache as kv
 from dsjax.nn.attention import attend
+from dsjax.nn.groups import groups, in_groups
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
 from dsjax.nn.weights import batch_axes, facing, use, whole
 from dsjax.sharding import axes_of
 from pallas_kernels.mla_decode.api import mla_decode
+
+EXPANDED_BYTES = 2**29  # of all heads' keys and values that exist on a device at once
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -61,34 +66,38 @@ class MultiHeadLatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], kv.LatentCache | None]:
         """The layer's contribution to the residual stream, and the cache it wrote."""
         rows = P(batch_axes(x_BTD), None, None)
-        q_BTNH, q_BTNR = self.queries(x_BTD)
+        q_BTQ = self.query_latents(x_BTD)
         c_BTL, k_BTR = self.latents(x_BTD, context)
         if cache is not None:
             cache = cache.written(c_BTL, k_BTR, layer, context)
         if context.phase is kv.Phase.DECODE:
-            out_BTNH = self.absorbed(q_BTNH, q_BTNR, cache, layer, context)
+            out_BTNH = self.absorbed(*self.queries(q_BTQ), cache, layer, context)
         else:
-            out_BTNH = self.expanded(q_BTNH, q_BTNR, c_BTL, k_BTR, context)
+            out_BTNH = self._expanded_in_groups(q_BTQ, c_BTL, k_BTR, context)
         y_BTD = jnp.einsum(
             "BTNH,DNH->BTD", out_BTNH, use(self.o_DNH, self.dtype), out_sharding=rows
         )
         return y_BTD, cache
 
+    def query_latents(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T Q"]:
+        """What the queries are made of: their latent, before its norm, or `x` itself."""
+        if self.config.q_rank is None:
+            return x_BTD
+        down_QD = use(self.q_down_QD, self.dtype)
+        return whole(keep(jnp.einsum("BTD,QD->BTQ", facing(x_BTD, down_QD), down_QD)))
+
     def queries(
-        self, x_BTD: Float[Array, "B T D"]
+        self, q_BTQ: Float[Array, "B T Q"]
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
         """Each head's query: the part without position, and the part to be rotated. Cut
         as the heads are.
         """
         if self.config.q_rank is None:
             q_NHD = use(self.q_NHD, self.dtype)
-            q = keep(jnp.einsum("BTD,NHD->BTNH", facing(x_BTD, q_NHD), q_NHD))
+            q = keep(jnp.einsum("BTD,NHD->BTNH", facing(q_BTQ, q_NHD), q_NHD))
         else:
-            down_QD = use(self.q_down_QD, self.dtype)
-            x_BTD = facing(x_BTD, down_QD)
-            c_BTQ = whole(keep(jnp.einsum("BTD,QD->BTQ", x_BTD, down_QD)))
             up_NHQ = use(self.q_up_NHQ, self.dtype)
-            q = jnp.einsum("BTQ,NHQ->BTNH", self.q_norm(c_BTQ), up_NHQ)
+            q = jnp.einsum("BTQ,NHQ->BTNH", self.q_norm(q_BTQ), up_NHQ)
         return tuple(jnp.split(q, [self.config.nope_dim], axis=-1))
 
     def latents(
@@ -101,6 +110,25 @@ class MultiHeadLatentAttention(nnx.Module):
         latent, rope = jnp.split(c_BTC, [self.config.kv_rank], axis=-1)
         positions = context.positions_BT
         return self.kv_norm(latent), rotate(rope, positions, self.config.rope)
+
+    def _expanded_in_groups(
+        self, q_BTQ: Array, c_BTL: Array, k_BTR: Array, context: kv.Context
+    ) -> Float[Array, "B T N U"]:
+        """`expanded`, with the keys and values of some rows at a time: all of a long
+        batch, for all heads, would be many times its latents.
+        """
+
+        def attention(q_BTQ, c_BTL, k_BTR, positions_BT, segments_BT):
+            own = replace(context, positions_BT=positions_BT, segments_BT=segments_BT)
+            return self.expanded(*self.queries(q_BTQ), c_BTL, k_BTR, own)
+
+        size = self.config.nope_dim + self.config.value_dim
+        token_bytes = self.config.num_heads * size * c_BTL.dtype.itemsize
+        return in_groups(
+            attention,
+            groups(c_BTL, token_bytes, at_once=EXPANDED_BYTES),
+            *(q_BTQ, c_BTL, k_BTR, context.positions_BT, context.segments_BT),
+        )
 
     def expanded(
         self,

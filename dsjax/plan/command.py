@@ -10,7 +10,7 @@ from dsjax import count
 from dsjax.errors import UserError
 from dsjax.nn.options import Remat
 from dsjax.plan.meshes import rank
-from dsjax.plan.plan import compile, estimate
+from dsjax.plan.plan import compile, estimate, mesh_of
 from dsjax.plan.programs import Mode, Work
 from dsjax.plan.progress import progress
 from dsjax.plan.report import mesh, report, summaries, table
@@ -30,8 +30,10 @@ def plan(args: argparse.Namespace) -> None:
     def note(what: str, sizes: dict[str, int]):
         return progress(f"{name}, {mesh(sizes)}: {what}")
 
+    work.batch(len(hardware.devices))  # what is wrong shows before anything is traced
     if args.mesh is not None and args.mesh != "auto":
         sizes = parse_sizes(args.mesh)
+        mesh_of(hardware, sizes)
         with note("tracing", sizes):
             planned = estimate(work, hardware, sizes)
         with note("compiling", planned.sizes):

@@ -11,68 +11,16 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from dsjax.plan.collectives import Collectives, Sent
-from dsjax.plan.graph import Block, Op
+from dsjax.plan.graph import KERNELS, Block, Op
 from dsjax.plan.traffic import traffic
 
 # One FLOP for each element of the result, as XLA counts them.
 ARITHMETIC = frozenset(
-    [
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "ceil",
-        "clamp",
-        "cos",
-        "div",
-        "eq",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "sqrt",
-        "square",
-        "sub",
-        "tanh",
-        "xor",
-    ]
+    """abs add add_any and ceil clamp cos div eq exp exp2 expm1 floor ge gt integer_pow
+    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
+    rsqrt select_n sign sin sqrt square sub tanh xor""".split()  # noqa: SIM905
 )
-REDUCTIONS = frozenset(
-    [
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_and",
-        "reduce_or",
-        "argmax",
-        "argmin",
-        "cumsum",
-    ]
-)
+REDUCTIONS = ("reduce_", "arg", "cum")  # one for each element of the operand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +38,7 @@ class Routed:
 class Cost:
     """Of one device. `flops`: all; `products`: those of matrix products and kernels.
     `sent`: bytes by kind of collective and mesh axes, see `dsjax.plan.collectives`.
+    `uncounted`: kernels that do not say what they cost; their FLOPs are missing.
     """
 
     flops: float = 0.0
@@ -97,6 +46,7 @@ class Cost:
     traffic: float = 0.0
     sent: Sent = field(default_factory=dict)
     skipped_loops: int = 0
+    uncounted: frozenset[str] = frozenset()
 
     def __add__(self, other: "Cost") -> "Cost":
         sent = Counter(self.sent)
@@ -107,6 +57,7 @@ class Cost:
             traffic=self.traffic + other.traffic,
             sent=dict(sent),
             skipped_loops=self.skipped_loops + other.skipped_loops,
+            uncounted=self.uncounted | other.uncounted,
         )
 
     def times(self, count: int) -> "Cost":
@@ -150,6 +101,9 @@ def _of_op(op: Op, sizes: dict[str, int], routed: Routed, share: float) -> Cost:
     if op.name == "cond":
         ways = [cost(way, sizes, routed=routed, share=share) for way in op.bodies]
         return max(ways, key=lambda way: (way.flops, way.traffic))
+    if op.name in KERNELS and op.params.get("cost_estimate") is None:
+        name = op.params.get("name") or op.name
+        return Cost(uncounted=frozenset([str(name)]))
     products = product_flops(op) * filled(op, routed.rows * share)
     return Cost(flops=products + _elementwise(op), products=products)
 
@@ -195,6 +149,6 @@ def filled(op: Op, rows: float) -> float:
 def _elementwise(op: Op) -> float:
     if op.name in ARITHMETIC:
         return float(op.outputs[0].size)
-    if op.name in REDUCTIONS:
+    if op.name.startswith(REDUCTIONS):
         return float(op.inputs[0].size)
     return 0.0

@@ -30,7 +30,7 @@ class Memory:
     host: int = 0
 
 
-class DoesNotFit(Exception):
+class OverfullError(Exception):
     """The compiler gave up: the program needs `peak` bytes of a device, or an unknown
     number (0).
     """
@@ -41,13 +41,13 @@ class DoesNotFit(Exception):
 
 
 def compiled(program: Program) -> jax.stages.Compiled:
-    """Compiles. Raises DoesNotFit where the TPU compiler runs out of memory."""
+    """Compiles. Raises OverfullError where the TPU compiler runs out of memory."""
     try:
         return program.traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error):
             raise
-        raise DoesNotFit(_used(str(error))) from None
+        raise OverfullError(_used(str(error))) from None
 
 
 def _used(message: str) -> int:

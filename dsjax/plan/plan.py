@@ -11,7 +11,7 @@ from dsjax.config import ModelConfig, Moe
 from dsjax.errors import UserError
 from dsjax.plan.costs import Cost, Routed, cost
 from dsjax.plan.graph import graph
-from dsjax.plan.memory import DoesNotFit, Memory, compiled, groups, memory
+from dsjax.plan.memory import Memory, OverfullError, compiled, groups, memory
 from dsjax.plan.network import network
 from dsjax.plan.programs import Mode, Program, Work, trace
 from dsjax.plan.topology import Topology
@@ -103,6 +103,7 @@ class Plan:
                 for (kind, axes), size in sorted(self.cost.sent.items())
             ],
             "loops_not_entered": self.cost.skipped_loops,
+            "uncounted_kernels": sorted(self.cost.uncounted),
             "roofline_seconds": {
                 "compute": self.roofline.compute,
                 "memory": self.roofline.memory,
@@ -153,7 +154,7 @@ def compile(plan: Plan, *, look: Callable | None = None) -> Plan:
     try:
         built = compiled(plan.program)
         found = memory(built)
-    except DoesNotFit as error:
+    except OverfullError as error:
         found = _overfull(plan.program, error.peak)
     done = replace(
         plan,

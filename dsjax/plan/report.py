@@ -118,6 +118,9 @@ def _work(plan: Plan) -> list[str]:
             f"  routing is taken as balanced: {cost.skipped_loops} loops for what is "
             "over are not entered"
         )
+    if cost.uncounted:
+        kernels = ", ".join(sorted(cost.uncounted))
+        lines.append(f"  without the FLOPs of {kernels}: no cost estimate")
     return lines
 
 

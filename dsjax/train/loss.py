@@ -16,6 +16,7 @@ Losses are in nats.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -27,7 +28,7 @@ from jaxtyping import Float, Int
 
 from dsjax.sharding import axes_of
 
-# Tokens of a device whose logits exist at once. Each chunk reads and writes the head's
+# Tokens whose logits exist at once on a device. Each chunk reads and writes the head's
 # gradient, [V, D] in float32: fewer tokens would make that the cost.
 CHUNK = 1024
 
@@ -45,8 +46,8 @@ def cross_entropy(
 
     `hidden` has its norm behind it; products are in its dtype. `head` is the weight as
     it rests on the mesh, in any dtype and layout; its vocabulary may be cut. Logits and
-    what is made of them are `statistics`. `chunk` bounds the tokens of a device whose
-    logits exist at once. Targets and weights have no gradient.
+    what is made of them are `statistics`. `chunk` bounds the tokens whose logits exist
+    at once on a device, others' among them. Targets and weights have no gradient.
     """
     return _cross_entropy(
         hidden_BTD, head_VD, targets_BT, weights_BT, chunk, jnp.dtype(statistics)
@@ -179,7 +180,8 @@ def _chunks(
     """
     rows, length, _ = hidden_BTD.shape
     head_VD = cut.gather(head_VD.astype(hidden_BTD.dtype))
-    count = min(-(-rows * length // chunk), length)
+    together = math.prod(map(jax.lax.axis_size, cut.shared))
+    count = min(-(-rows * length * together // chunk), length)
 
     def body(sums, part):
         loss, of_head_VD = sums

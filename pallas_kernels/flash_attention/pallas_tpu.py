@@ -33,6 +33,7 @@ BLOCK_BYTES = (
     768 * 1024
 )  # of a block's keys and values: as much as fits in 16 MiB of VMEM
 STEP = 2**16  # about 0.2 us of a v5p: assumed, not measured
+PARTS_BYTES = 2**28  # of the gradient of the queries, before its parts are added up
 LANES = 128
 
 
@@ -106,30 +107,48 @@ def backward(
     """The gradients of q, k and v, from what `forward` gave."""
 
     size = _block(q_BTKGH, v_BTKU)
+    B, T, K, G, H = q_BTKGH.shape
+    groups = _head_groups(q_BTKGH, size)
 
-    def row(part):
+    def group(part):
         operands, kept = part
         q, k, v, segments = operands
 
-        def call(dq_mask, dkv_mask, q, k, v, segments, out, lse, dout):
-            kept = (q, k, v, segments, None, out, lse, dq_mask, dkv_mask)
+        def call(mask, q, k, v, segments, out, lse, dout):
+            kept = (q, k, v, segments, None, out, lse, None, mask)
             options = _options(size) | {"save_residuals": False}
             return splash._splash_attention_bwd(**options, res=kept, do=dout)[3:6]
 
         call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
-        masks = (make(q.shape[1], size) for make in (_seen_by_queries, _seeing_keys))
-        return call(*masks, *operands, *kept)
+        return call(_seeing_keys(q.shape[1], size), *operands, *kept)
 
-    B, T, K, G, H = q_BTKGH.shape
     kept = [
         _heads_first(x.reshape(B, T, K * G, *x.shape[4:]), size)
         for x in (out_BTKGU, lse_BTKG, dout_BTKGU)
     ]
-    operands = _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale, size)
-    gradients = jax.lax.map(row, (operands, kept))
-    dq_BTNH, dk_BTKH, dv_BTKU = (_tokens_first(x, T) for x in gradients)
+    *operands, segments = _operands(q_BTKGH, k_BTKH, v_BTKU, visible, scale, size)
+    operands, kept = jax.tree.map(
+        lambda x: x.reshape(B * groups, -1, *x.shape[2:]), (operands, kept)
+    )
+    segments = jax.tree.map(lambda x: jnp.repeat(x, groups, axis=0), segments)
+    gradients = jax.lax.map(group, ((*operands, segments), kept))
+    dq_BTNH, dk_BTKH, dv_BTKU = (
+        _tokens_first(x.reshape(B, -1, *x.shape[2:]), T) for x in gradients
+    )
     dq_BTNH = _scaled(dq_BTNH, scale)
     return dq_BTNH.reshape(B, T, K, G, H), dk_BTKH, dv_BTKU
+
+
+def _head_groups(q_BTKGH: Array, size: int) -> int:
+    """In how many groups of kv heads the backward kernel runs: it leaves the gradient of
+    the queries in as many parts as there are blocks of keys, for XLA to add up.
+    """
+    _, T, K, G, H = q_BTKGH.shape
+    parts = -(-T // size)
+    lanes = -(-H // LANES) * LANES
+    head_bytes = parts * parts * size * G * lanes * q_BTKGH.dtype.itemsize
+    least = min(K, -(-K * head_bytes // PARTS_BYTES))
+    return next(n for n in range(max(least, 1), K + 1) if K % n == 0)
 
 
 def _block(q: Array, v: Array) -> int:
@@ -138,12 +157,13 @@ def _block(q: Array, v: Array) -> int:
 
 def _options(size: int) -> dict:
     """Arguments of splash that are the same in all of its kernels."""
-    names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq"]
-    sizes = {f"block_{name}": size for name in [*names, "kv_dq"]}
+    names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute"]
+    sizes = {f"block_{name}": size for name in names}
     return {
         "mask_value": splash.DEFAULT_MASK_VALUE,
         "is_mqa": False,
-        "block_sizes": splash.BlockSizes(**sizes),
+        # One backward kernel: two would make scores and their gradients twice.
+        "block_sizes": splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
         "residual_checkpoint_name": None,
         "mask_function": _past_and_itself,
         "attn_logits_soft_cap": None,

@@ -53,7 +53,7 @@ def estimates(q_NTH: Array, k_KTH: Array, v_KTU: Array, segments, *, block: int)
             bytes_each=bytes_each,
             segments=segments is not None,
         ).estimate()
-        for phase in ("fwd", "dkv", "dq")
+        for phase in ("fwd", "dkv")
     }
 
 
@@ -67,7 +67,7 @@ def count(
     bytes_each: int,
     segments: bool = False,
 ) -> Work:
-    """The work of "fwd", "dkv" or "dq" on one sequence.
+    """The work of "fwd" or "dkv" (all three gradients) on one sequence.
 
     `heads` are those of queries and of keys, `sizes` those of a key and of a value;
     `block` divides `length`.
@@ -76,7 +76,7 @@ def count(
     blocks = length // block
     if phase == "dkv":  # walks along the keys, and for each along heads and queries
         key, head, query = np.indices((blocks, N, blocks)).reshape(3, -1)
-        query, kv_block = np.maximum(query, key), key
+        step, query, kv_block = query, np.maximum(query, key), key
     else:
         head, query, key = np.indices((N, blocks, blocks)).reshape(3, -1)
         kv_block = np.where(key <= query, key, 0)
@@ -93,11 +93,10 @@ def count(
         case "dkv":
             operands |= {"do": (values, ours), "logsumexp": row, "di": row}
             operands |= {"dk": (keys, theirs), "dv": (values, theirs)}
-            products = 2 * H + 2 * U
-        case "dq":
-            operands |= {"do": (values, ours), "logsumexp": row, "di": row}
-            operands |= {"dq": (keys, ours)}
-            products = 2 * H + U
+            operands |= {
+                "dq": (keys, (key, head, step))
+            }  # a part for each block of keys
+            products = 3 * H + 2 * U
     one, other = (sublanes, lanes) if phase == "dkv" else (lanes, sublanes)
     operands["q_sequence"] = (one, (query,))
     if segments:
@@ -126,8 +125,7 @@ def _needed(phase, length, heads, sizes, bytes_each) -> int:
     q, k, v, out, row = N * H, K * H, K * U, N * U, N * 4  # the last in float32
     wide = {
         "fwd": q + k + v + out,
-        "dkv": q + 2 * (k + v) + out,
-        "dq": 2 * q + k + v + out,
+        "dkv": 2 * q + 2 * (k + v) + out,
     }
     rows = row if phase == "fwd" else 2 * row
     return length * (bytes_each * wide[phase] + rows)

@@ -16,6 +16,7 @@ other one; D the model, F an expert.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from pallas_kernels.grouped_matmul.tiles_tpu import (
     DEPTH,
     LANES,
     STRIP,
+    Operands,
     Tiles,
     chunk_span,
     outer_tiles,
@@ -148,23 +150,13 @@ def _rows(
     groups, out = matrices[0].shape[0], matrices[0].shape[1 if turned else 2]
     each = dtype.itemsize
     scales = () if scale_M is None else (scale_M[:, None].astype(jnp.float32),)
-    tiles = row_tiles(
-        rows,
-        contracted,
-        out,
-        each,
-        lhs=len(lhs),
-        matrices=len(matrices),
-        outputs=outputs,
-        scales=len(scales),
-    )
+    has = Operands(len(lhs), len(matrices), len(scales), outputs)
+    tiles = row_tiles(rows, contracted, out, each, has)
     visits, count = schedule(sizes_G, rows=rows, tile=tiles.rows, empty=False)
     columns = pl.cdiv(out, tiles.columns)
     kernel = functools.partial(
         _rows_kernel,
-        lhs_count=len(lhs),
-        matrix_count=len(matrices),
-        scale_count=len(scales),
+        has=has,
         combine=combine,
         turned=turned,
         out_columns=out,
@@ -234,14 +226,12 @@ def rows_specs(tiles: Tiles, contracted: int, *, turned: bool) -> RowsSpecs:
 
 
 def _rows_kernel(
-    group, tile, first, last, end, *refs, lhs_count, matrix_count, scale_count, combine,
-    turned, out_columns,
+    group, tile, first, last, end, *refs, has, combine, turned, out_columns
 ):  # fmt: skip
     """One visit: a tile of rows with one group's matrix, or matrices."""
-    lhs = refs[:lhs_count] * (matrix_count // lhs_count)
-    matrices = refs[lhs_count : lhs_count + matrix_count]
-    scales = refs[lhs_count + matrix_count : lhs_count + matrix_count + scale_count]
-    outs = refs[lhs_count + matrix_count + scale_count :]
+    left = iter(refs)
+    lhs, matrices, scales, outs = (list(itertools.islice(left, n)) for n in has)
+    lhs *= has.matrices // has.lhs
     tall, width = outs[0].shape
     strip = _strip(width, out_columns)
     strips = jnp.minimum(width, out_columns - pl.program_id(0) * width) // strip

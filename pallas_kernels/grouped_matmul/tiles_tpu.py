@@ -36,6 +36,21 @@ class Tiles(NamedTuple):
     across: int = 0  # the other axis of a gradient by weights
 
 
+class Operands(NamedTuple):
+    """How many of each a kernel of rows has."""
+
+    lhs: int = 1
+    matrices: int = 1
+    scales: int = 0
+    outputs: int = 1
+
+
+ONE = Operands()
+SWIGLU = Operands(matrices=2, scales=1)
+SWIGLU_KEPT = Operands(matrices=2, scales=1, outputs=3)
+SWIGLU_BACK = Operands(lhs=2, matrices=2)
+
+
 def scoped_vmem() -> int:
     """Bytes a kernel may use on the chip that a mesh around names, else on any chip."""
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -57,25 +72,15 @@ def scoped_vmem() -> int:
 
 
 def row_tiles(
-    rows: int,
-    contracted: int,
-    out: int,
-    bytes_each: int,
-    *,
-    lhs: int = 1,
-    matrices: int = 1,
-    outputs: int = 1,
-    scales: int = 0,
+    rows: int, contracted: int, out: int, bytes_each: int, has: Operands = ONE
 ) -> Tiles | None:
-    """Tiles of products of rows, for so many operands; None where the smallest does not
-    fit.
-    """
+    """Tiles of products of rows; None where the smallest does not fit."""
     for tall, least in [(ROWS, 256), (128, 256), (ROWS, 128), (128, 128), (64, 128)]:
         tall = min(tall, pl.cdiv(rows, CHUNK) * CHUNK)
-        fixed = 2 * lhs * tall * contracted * bytes_each
-        fixed += 2 * matrices * tall * min(least, STRIP) * 4  # sums in float32
-        fixed += 2 * scales * tall * LANES * 4  # one column is padded to all lanes
-        column = 2 * (matrices * contracted + outputs * tall) * bytes_each
+        fixed = 2 * has.lhs * tall * contracted * bytes_each
+        fixed += 2 * has.matrices * tall * min(least, STRIP) * 4  # sums in float32
+        fixed += 2 * has.scales * tall * LANES * 4  # one column is padded to all lanes
+        column = 2 * (has.matrices * contracted + has.outputs * tall) * bytes_each
         most = (scoped_vmem() - RESERVED - fixed) // column // LANES
         if most * LANES >= min(least, out):
             return Tiles(tall, LANES * _cut(out // LANES, most))
@@ -131,11 +136,10 @@ def lacks(
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 or float32 ({dtype})"
     each = jnp.dtype(dtype).itemsize
-    there = {"matrices": 2, "outputs": 3, "scales": 1} if gated else {}
-    back = {"matrices": 2, "lhs": 2} if gated else {}
+    there, back = (SWIGLU_KEPT, SWIGLU_BACK) if gated else (ONE, ONE)
     tiles = (
-        row_tiles(rows, K, N, each, **there),
-        row_tiles(rows, N, K, each, **back),
+        row_tiles(rows, K, N, each, there),
+        row_tiles(rows, N, K, each, back),
         outer_tiles(rows, N, K, each, 4),
     )
     return f"tiles of {N=}, {K=}, {dtype} exceed its memory" if None in tiles else ""

@@ -18,6 +18,9 @@ from pallas_kernels.grouped_matmul.pallas_tpu import outer_specs, rows_specs
 from pallas_kernels.grouped_matmul.tiles_tpu import (
     CHUNK,
     LANES,
+    ONE,
+    SWIGLU,
+    Operands,
     chunk_span,
     outer_tiles,
     row_tiles,
@@ -51,22 +54,10 @@ def rows_traffic(
     out: int,
     bytes_each: int = 2,
     turned: bool = True,
-    lhs: int = 1,
-    matrices: int = 1,
-    outputs: int = 1,
-    scales: int = 0,
+    has: Operands = ONE,
 ) -> Traffic:
-    """Of products of rows, of as many operands."""
-    tiles = row_tiles(
-        rows,
-        contracted,
-        out,
-        bytes_each,
-        lhs=lhs,
-        matrices=matrices,
-        outputs=outputs,
-        scales=scales,
-    )
+    """Of products of rows."""
+    tiles = row_tiles(rows, contracted, out, bytes_each, has)
     visits, count = schedule(
         jnp.asarray(sizes), rows=rows, tile=tiles.rows, empty=False
     )
@@ -76,10 +67,11 @@ def rows_traffic(
     moved = _moved(grid, rows_specs(tiles, contracted, turned=turned), visits, shapes)
     held, real = np.count_nonzero(sizes), sum(sizes)
     needed = (real * contracted, held * contracted * out, real, rows * out)
-    flops = 2 * matrices * contracted * out
+    flops = 2 * has.matrices * contracted * out
     names = ("x", "w", "scale", "y")
-    widths = (lhs * bytes_each, matrices * bytes_each, scales * 4, outputs * bytes_each)
-    padded = (*widths[:2], widths[2] * LANES, widths[3])
+    widths = [n * bytes_each for n in has]
+    widths[2] = has.scales * 4
+    padded = [*widths[:2], widths[2] * LANES, widths[3]]
     return Traffic(
         _bytes(names, moved, padded),
         _bytes(names, needed, widths),
@@ -162,7 +154,7 @@ def main() -> None:
         up, down = {"contracted": D, "out": F}, {"contracted": F, "out": D}
         products = {
             "gate or up": rows_traffic(sizes, rows=rows, **up),
-            "gate and up": rows_traffic(sizes, rows=rows, **up, matrices=2, scales=1),
+            "gate and up": rows_traffic(sizes, rows=rows, **up, has=SWIGLU),
             "down": rows_traffic(sizes, rows=rows, **down),
         }
         if rows > groups * 8:

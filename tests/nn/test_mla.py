@@ -36,7 +36,7 @@ def test_absorbed_equals_expanded(mesh, rng, q_rank, scaling):
     mla = attention(q_rank, scaling)
     x = jnp.asarray(rng.standard_normal((2, 20, D)), jnp.float32)
     context = Context(positions_BT=jnp.broadcast_to(jnp.arange(20), (2, 20)))
-    q, latents = mla.queries(x), mla.latents(x, context)
+    q, latents = mla.queries(mla.query_latents(x)), mla.latents(x, context)
     expanded = mla.expanded(*q, *latents, context)
     latent, rope = latents
     cache = LatentCache(latent_YBSL=latent[None], rope_YBRS=rope.swapaxes(1, 2)[None])

@@ -5,20 +5,26 @@ the bytes they copy are counted.
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from unittest import mock
 
 import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-CHECKED = pltpu.InterpretParams(
-    detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
-)
 FIRST_BUFFER = 100  # how the interpreter numbers the arrays of a kernel, in order
 
 
+def checked(**options) -> pltpu.InterpretParams:
+    """All checks on; a race is left for `interpreted` to raise."""
+    options |= {"out_of_bounds_reads": "raise", "uninitialized_memory": "nan"}
+    if "on_race" in {field.name for field in fields(pltpu.InterpretParams)}:
+        options["on_race"] = "warn"  # from JAX 0.12 on; before, it knew nothing else
+    return pltpu.InterpretParams(detect_races=True, **options)
+
+
 @contextlib.contextmanager
-def interpreted(params: pltpu.InterpretParams = CHECKED) -> Iterator[Counter]:
+def interpreted(params: pltpu.InterpretParams | None = None) -> Iterator[Counter]:
     """Kernels traced inside run interpreted; yields bytes copied, by what was copied.
 
     Blocks that the grid brings to VMEM or takes from it count by the kernel's name for
@@ -69,7 +75,7 @@ def interpreted(params: pltpu.InterpretParams = CHECKED) -> Iterator[Counter]:
         mock.patch.object(interpreter, "get", get),
         mock.patch.object(interpreter, "store", store),
         mock.patch.object(interpreter.DMA, "execute_write", execute_write),
-        pltpu.force_tpu_interpret_mode(params),
+        pltpu.force_tpu_interpret_mode(params or checked()),
     ):
         try:
             yield copies

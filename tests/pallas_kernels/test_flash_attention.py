@@ -124,7 +124,7 @@ def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments):
     options = dict(heads=(K * G, K), sizes=(H, U), block=128, bytes_each=4)
     expected = [
         work.count(phase, length=-(-T // 128) * 128, segments=segments, **options).moved
-        for phase in ("fwd", "dkv", "dq")
+        for phase in ("fwd", "dkv")
     ]
     for name in set().union(*expected):
         moved = sum(kernel.get(name, 0) for kernel in expected)
@@ -187,7 +187,7 @@ def kernels(jaxpr):
 
 
 def test_every_kernel_has_an_estimate(rng):
-    """Of V3's attention: forward, then the gradients by keys and by queries."""
+    """Of V3's attention: forward, then all gradients, of a quarter of the heads at a time."""
     shapes = operands(rng, (1, 8, 1, 1, 192, 128, False), jnp.bfloat16)[:4]
     wide = [jax.ShapeDtypeStruct((2, 4096, 128, *x.shape[3:]), x.dtype) for x in shapes]
 
@@ -197,7 +197,7 @@ def test_every_kernel_has_an_estimate(rng):
     traced = jax.make_jaxpr(call)(*wide)
     found = [equation.params["cost_estimate"] for equation in kernels(traced.jaxpr)]
     visited = 128 * 10 * 1024**2  # of the 16 blocks of a head
-    products = [192 + 128, 2 * (192 + 128), 2 * 192 + 128]
+    products = [192 + 128, (3 * 192 + 2 * 128) / 4]
     assert [cost.flops for cost in found] == [2 * visited * n for n in products]
     assert all(cost.bytes_accessed > 3 * 128 * 4096 * 128 * 2 for cost in found)
 
@@ -285,7 +285,7 @@ def compiles(topology, model, dtype):
     shapes = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
     shapes.append(jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None)
     text = compile_for_tpu(topology, both_ways, *shapes).as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
 @pytest.mark.parametrize(("topology", "model", "dtype"), SOME)

@@ -91,7 +91,7 @@ def test_swiglu_moves_what_the_table_says(rng):
     x, gate, up = arrays(rng, (ROWS, INNER), *[(len(SIZES), OUT, INNER)] * 2)
     run = functools.partial(pallas_tpu.swiglu, expected_rows=ROWS, kept=True)
     said = rows_traffic(
-        SIZES, rows=ROWS, contracted=INNER, out=OUT, matrices=2, outputs=3, scales=1
+        SIZES, rows=ROWS, contracted=INNER, out=OUT, has=tiles.SWIGLU_KEPT
     )
     got = counted(run, x, gate, up, jnp.ones(ROWS), jnp.asarray(SIZES))
     x_bytes, *w_bytes, scale_bytes = got[:4]
@@ -149,7 +149,7 @@ def test_targets(rng, monkeypatch, D, F, kind):
     products = [
         rows_traffic(sizes, rows=4096, contracted=D, out=F),
         rows_traffic(sizes, rows=4096, contracted=F, out=D, turned=False),
-        rows_traffic(sizes, rows=4096, contracted=D, out=F, matrices=2, scales=1),
+        rows_traffic(sizes, rows=4096, contracted=D, out=F, has=tiles.SWIGLU),
     ]
     assert all(said.ratio("w") == 1 for said in products)
     products.append(outer_traffic(sizes, rows=4096, N=F, K=D))

@@ -16,7 +16,7 @@ from jax.sharding import AxisType
 
 from pallas_kernels.mla_decode import append, mla_decode, work
 from tests.pallas_kernels.aot import compile_for_tpu
-from tests.pallas_kernels.interpret import CHECKED, interpreted
+from tests.pallas_kernels.interpret import checked, interpreted
 from tests.pallas_kernels.test_flash_attention import kernels
 
 SCALE, L, R, LAYERS, F32 = 0.21, 128, 16, 2, jnp.float32
@@ -65,7 +65,7 @@ def call(implementation, *arrays):
     return compiled(*arrays)
 
 
-def run(implementation, *arrays, params=CHECKED):
+def run(implementation, *arrays, params=None):
     if implementation != "pallas_tpu":
         return call(implementation, *arrays)
     with interpreted(params):
@@ -146,10 +146,7 @@ def test_what_nobody_sees_may_be_anything(rng):
 def test_two_cores_share_the_rows(rng):
     """As on a v5p, each with its own buffers and copies ahead."""
     arrays = operands(rng, (1, 2, 512, None, [1, 512, 0, 300]), F32)
-    params = pltpu.InterpretParams(
-        detect_races=True, num_cores_or_threads=2, uninitialized_memory="nan"
-    )
-    out, _ = run("pallas_tpu", *arrays, params=params)
+    out, _ = run("pallas_tpu", *arrays, params=checked(num_cores_or_threads=2))
     np.testing.assert_allclose(out, by_hand(*arrays)[0], atol=5e-6)
 
 
@@ -161,7 +158,7 @@ def test_not_waiting_for_a_copy_is_a_race(rng, monkeypatch):
         start=copy(*ends).start, wait=lambda: None
     )
     monkeypatch.setattr(pltpu, "make_async_copy", careless)
-    params = pltpu.InterpretParams(detect_races=True, dma_execution_mode="eager")
+    params = checked(dma_execution_mode="eager")
     with pytest.raises(AssertionError, match="a race"):
         run("pallas_tpu", *arrays, params=params)
 

@@ -21,7 +21,10 @@ def mesh():
         yield mesh
 
 
-def shaped(mesh, shape, spec=P(), dtype=jnp.float32):
+WHOLE = P()
+
+
+def shaped(mesh, shape, spec=WHOLE, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
 

@@ -13,6 +13,7 @@ from dsjax import models
 from dsjax.nn.options import Remat
 from dsjax.plan.costs import Routed, cost
 from dsjax.plan.graph import graph
+from dsjax.plan.plan import routed
 from dsjax.plan.programs import Mode, Work, trace
 from dsjax.sharding import make_mesh
 
@@ -159,6 +160,28 @@ def test_kernels_say_what_they_cost():
     )
     found = of(kernel, shaped(8, 128))
     assert (found.products, found.traffic) == (1000, 2000)
+    silent = pl.pallas_call(lambda x, y: None, out_shape=shaped(8, 128), name="silent")
+    assert of(silent, shaped(8, 128)).uncounted == {"silent"}
+    assert found.uncounted == frozenset()
+
+
+@pytest.mark.parametrize(("sequences", "rows"), [("1", 64 * 4), ("1/8", 64 * 4 / 4)])
+def test_rows_of_a_device_if_routing_is_even(sequences, rows):
+    """4 of the experts for each of 64 tokens. A single sequence lies on all devices, and
+    4 devices along `expert` share its rows.
+    """
+    config = models.tiny_v3()
+    found = routed(
+        Work(
+            config=config,
+            mode=Mode.PREFILL,
+            batch_per_device=Fraction(sequences),
+            length=64,
+        ),
+        make_mesh(data=2, expert=4),
+    )
+    assert found.rows == rows
+    assert found.layers == {2}
 
 
 # --- whole models, one layer a segment so that XLA unrolls all loops

@@ -15,7 +15,7 @@ def devices(*sizes, cores=1):
     """Of a torus, as a mesh has them: the first axis along the first dimension."""
     places = np.ndindex(*sizes, cores)
     found = [SimpleNamespace(coords=p[:-1], core_on_chip=p[-1]) for p in places]
-    return np.array(found + [None])[:-1].reshape(*sizes, cores)
+    return np.array([*found, None])[:-1].reshape(*sizes, cores)
 
 
 def laid(sizes, wraps, mesh, *, cores=1):
