@@ -19,7 +19,7 @@ from experiments.pretrain import pretrain_v2, pretrain_v2_lite, pretrain_v3
 def v3_v5p() -> Experiment:
     """V3 on 512 v5p chips: an expert group of 64 has four experts a device.
 
-    Command: dsjax train experiments.pods.v3_v5p --set data.sources.0.path=gs://BUCKET/train
+    Command: dsjax train experiments.pods.v3_v5p --set data.sources.0.path=DIR
     Hardware: v5p:8x8x8 (v5p-1024 on Cloud TPU: 512 chips, 128 hosts).
     Plan: dsjax plan v3 --topology v5p:8x8x8 --mesh fsdp=8,expert=64
         --batch-per-device 2 --length 4096 --remat full
@@ -36,7 +36,7 @@ def v3_v5p() -> Experiment:
 def v3_tpu7x() -> Experiment:
     """V3 on 256 tpu7x chips, each of which is two devices: the mesh of 512 v5p chips.
 
-    Command: dsjax train experiments.pods.v3_tpu7x --set data.sources.0.path=gs://BUCKET/train
+    Command: dsjax train experiments.pods.v3_tpu7x --set data.sources.0.path=DIR
     Hardware: tpu7x:4x8x8 (256 chips, 64 hosts, 512 devices).
     Plan: dsjax plan v3 --topology tpu7x:4x8x8 --mesh fsdp=8,expert=64
         --batch-per-device 2 --length 4096 --remat full
@@ -48,7 +48,7 @@ def v2_v5p() -> Experiment:
     """V2 on 256 v5p chips: an expert group is one of the router's, on one device, so
     that a token's row goes to three devices at most.
 
-    Command: dsjax train experiments.pods.v2_v5p --set data.sources.0.path=gs://BUCKET/train
+    Command: dsjax train experiments.pods.v2_v5p --set data.sources.0.path=DIR
     Hardware: v5p:4x8x8 (v5p-512 on Cloud TPU: 256 chips, 64 hosts).
     Plan: dsjax plan v2 --topology v5p:4x8x8 --mesh fsdp=32,expert=8
         --batch-per-device 3 --length 4096 --remat full --moments float32
@@ -65,7 +65,7 @@ def v2_v5p() -> Experiment:
 def v2_v6e() -> Experiment:
     """V2 on a whole v6e pod, one sequence a chip at a time.
 
-    Command: dsjax train experiments.pods.v2_v6e --set data.sources.0.path=gs://BUCKET/train
+    Command: dsjax train experiments.pods.v2_v6e --set data.sources.0.path=DIR
     Hardware: v6e:16x16 (v6e-256 on Cloud TPU: 256 chips, 64 hosts).
     Plan: dsjax plan v2 --topology v6e:16x16 --mesh fsdp=32,expert=8
         --batch-per-device 1 --length 4096 --remat full --moments float32
@@ -76,9 +76,9 @@ def v2_v6e() -> Experiment:
 def v2_lite_v5p() -> Experiment:
     """V2-Lite on 64 v5p chips, four sequences a chip at a time.
 
-    Command: dsjax train experiments.pods.v2_lite_v5p --set data.sources.0.path=gs://BUCKET/train
+    Command: dsjax train experiments.pods.v2_lite_v5p --set data.sources.0.path=DIR
     Hardware: v5p:4x4x4 (v5p-128 on Cloud TPU: 64 chips, 16 hosts).
-    Plan: dsjax plan v2-lite --topology v5p:4x4x4 --mesh fsdp=16,expert=4
+    Plan: dsjax plan v2-lite --topology v5p:4x4x4 --mesh fsdp=8,expert=8
         --batch-per-device 4 --length 4096 --remat full --moments float32
     """
     return replace(
@@ -86,7 +86,7 @@ def v2_lite_v5p() -> Experiment:
         name="v2_lite_v5p",
         microbatch=256,
         remat=Remat.FULL,
-        mesh=MeshShape(fsdp=16, expert=4),
+        mesh=MeshShape(fsdp=8, expert=8),
     )
 
 
