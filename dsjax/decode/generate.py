@@ -12,6 +12,9 @@ from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 
 STREAM_TOKENS = 8  # new tokens between two looks at a streamed reply
+SLOTS = (
+    128  # a row's cache slots are a multiple: of others a TPU's kernels make nothing
+)
 
 Prompt = str | Sequence[int]
 
@@ -122,7 +125,7 @@ class _Batch:
             model,
             jnp.asarray(padded),
             jnp.asarray(lengths),
-            slots=padded.shape[1] + room,
+            slots=-(-(padded.shape[1] + room) // SLOTS) * SLOTS,
             room=room,
             **self._options,
         )

@@ -40,7 +40,8 @@ from dsjax.sharding import AXES
 AXIS = "expert"
 SLACK = 1.25
 TILE = 128  # the room is a multiple of it, or rows are copied for their alignment
-CHUNK_BYTES = 2**27  # of rows that even routing brings to a device
+CHUNK_BYTES = 2**28  # of rows that even routing brings to a device, and of them
+CHUNK_ROWS = 4096  # an expert: its weights are read for enough, more takes memory alone
 
 Experts = Callable[..., Float[Array, "N D"]]
 Weights = tuple[Array, ...]
@@ -62,7 +63,8 @@ def dispatched(
     experts of all; one that does not exist is skipped.
     """
     rows, k = chosen_Nk.shape
-    chunks = _chunks(rows, k * x_ND.shape[1] * x_ND.dtype.itemsize)
+    here = weights[0].shape[0]
+    chunks = _chunks(rows, k * x_ND.shape[1] * x_ND.dtype.itemsize, k / here)
     one = functools.partial(_chunk, apply, config)
     if chunks == 1:
         return one(x_ND, chosen_Nk, affinity_Nk, weights)
@@ -83,9 +85,12 @@ def destinations(config: Moe, devices: int) -> int:
     return min(most, config.groups.kept * max(spans))
 
 
-def _chunks(rows: int, row_bytes: int) -> int:
-    """The fewest equal chunks of tokens within CHUNK_BYTES, if there are such."""
-    least = min(rows, math.ceil(rows * row_bytes / CHUNK_BYTES))
+def _chunks(rows: int, row_bytes: int, expert_rows: float) -> int:
+    """The fewest equal chunks of tokens within CHUNK_BYTES and CHUNK_ROWS, if there are
+    such. A token has `row_bytes` and `expert_rows` of them on average.
+    """
+    most = max(rows * row_bytes / CHUNK_BYTES, rows * expert_rows / CHUNK_ROWS)
+    least = min(rows, math.ceil(most))
     return next(n for n in range(max(least, 1), rows + 1) if rows % n == 0)
 
 

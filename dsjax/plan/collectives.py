@@ -43,6 +43,7 @@ PASS = (
     "copy",
     "name",
     "optimization_barrier",
+    "reduce_precision",
     "reshape",
     "squeeze",
     "transpose",

@@ -16,9 +16,10 @@ from dsjax.plan.traffic import traffic
 
 # One FLOP for each element of the result, as XLA counts them.
 ARITHMETIC = frozenset(
-    """abs add add_any and ceil clamp cos div eq exp exp2 expm1 floor ge gt integer_pow
-    is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow rem round
-    rsqrt select_n sign sin sqrt square sub tanh xor""".split()  # noqa: SIM905
+    """abs add add_any and ceil clamp convert_element_type cos div eq exp exp2 expm1
+    floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg
+    nextafter not or pow rem round rsqrt select_n sign sin sqrt square sub tanh
+    xor""".split()  # noqa: SIM905
 )
 REDUCTIONS = ("reduce_", "arg", "cum")  # one for each element of the operand
 

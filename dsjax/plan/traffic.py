@@ -25,6 +25,7 @@ SAME = (
     "name",
     "optimization_barrier",
     "pvary",
+    "reduce_precision",
     "reshape",
     "squeeze",
     "stop_gradient",

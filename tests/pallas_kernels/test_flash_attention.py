@@ -98,6 +98,17 @@ def test_bfloat16_to_its_rounding(rng, implementation):
         assert error < 2**-7 * np.linalg.norm(expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["cudnn", None])
+@pytest.mark.parametrize("shape", [SHAPES["mla"], (2, 300, 2, 3, 128, 128, False)])
+def test_cudnn_equals_the_definition(rng, implementation, shape):
+    arrays = operands(rng, shape, jnp.bfloat16)
+    results = both_ways(*arrays, implementation=implementation)
+    for got, expected in zip(results, by_hand(*arrays)):
+        error = np.linalg.norm(np.asarray(got, np.float64) - expected)
+        assert error < 2**-7 * np.linalg.norm(expected)
+
+
 def test_cut_by_a_mesh(rng):
     """Batch and kv heads over four devices, through the kernel and without."""
     arrays = operands(rng, (2, 130, 2, 1, 16, 8, True), jnp.float32)

@@ -199,7 +199,7 @@ def work(name: str, mode: Mode) -> Work:
         config=config,
         mode=mode,
         batch_per_device=Fraction(2),
-        length=256,
+        length=512 if name == "experts" else 256,
         remat=Remat.NONE,
     )
 
