@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from urllib.request import Request, urlopen
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from dsjax.sharding import BATCH, named
 
 TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 TPU_VARIABLES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+WORKERS = "computeMetadata/v1/instance/attributes/worker-network-endpoints"
 
 
 def start(
@@ -31,7 +33,7 @@ def start(
     explicit = (coordinator, processes, process_id)
     if any(value is not None for value in explicit):
         _check(coordinator, processes, process_id)
-    elif not in_a_job(os.environ):
+    elif not (in_a_job(os.environ) or in_a_slice(os.environ)):
         return
     # CPU devices of several processes talk through gloo; no effect on accelerators.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -63,6 +65,23 @@ def in_a_job(environment: Mapping[str, str]) -> bool:
     tasks = next((environment[name] for name in TASKS if name in environment), "1")
     pod = any("," in environment.get(name, "") for name in TPU_VARIABLES)
     return (tasks.isdigit() and int(tasks) > 1) or pod
+
+
+def in_a_slice(environment: Mapping[str, str]) -> bool:
+    """Whether this machine is one of several of a Cloud TPU slice. On Compute Engine no
+    variable says so; the machine's metadata name the others, and JAX asks there, too.
+    """
+    if "TPU_SKIP_MDS_QUERY" in environment:  # JAX sets it where no TPU is
+        return False
+    server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = Request(
+        f"http://{server}/{WORKERS}", headers={"Metadata-Flavor": "Google"}
+    )
+    try:
+        with urlopen(request, timeout=5) as answer:
+            return b"," in answer.read()
+    except OSError:  # no such server, or no such machine
+        return False
 
 
 def simulate(devices: int) -> None:

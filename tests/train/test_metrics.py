@@ -1,6 +1,8 @@
 """metrics.jsonl: what a resumed run cuts and keeps; rates, FLOPs, rows of hosts."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import jax
 import numpy as np
@@ -105,6 +107,30 @@ def test_mfu_of_an_unknown_chip():
 )
 def test_the_environment_tells_of_several_processes(environment, several):
     assert hosts.in_a_job(environment) == several
+
+
+@pytest.mark.parametrize(
+    ("workers", "several"), [("a:8470:10.0.0.2,b:8470:10.0.0.3", True), ("a", False)]
+)
+def test_metadata_tell_of_the_other_hosts_of_a_slice(workers, several):
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            right = self.path.endswith("/attributes/worker-network-endpoints")
+            right &= self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if right else 404)
+            self.end_headers()
+            self.wfile.write(workers.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        environment = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
+        assert hosts.in_a_slice(environment) == several
+    assert not hosts.in_a_slice(environment), "no server is there any more"
+    skip = {"TPU_SKIP_MDS_QUERY": "1"}
+    assert not hosts.in_a_slice(environment | skip)
 
 
 @pytest.mark.parametrize(
