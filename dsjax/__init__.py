@@ -17,6 +17,7 @@ _HOMES = {
     "load": "dsjax.api",
     "save": "dsjax.api",
     "generate": "dsjax.decode.generate",
+    "Redundant": "dsjax.decode.eplb",
     "Transformer": "dsjax.nn.transformer",
     "make_mesh": "dsjax.sharding",
     "Sharding": "dsjax.sharding",

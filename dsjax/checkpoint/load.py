@@ -5,11 +5,10 @@ size, and each slab goes to its devices before it is forgotten.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +24,10 @@ from dsjax.checkpoint import config_json, orbax
 from dsjax.checkpoint.convert import PathLike
 from dsjax.checkpoint.hf import HfSource, array_shapes
 from dsjax.checkpoint.orbax import PARAMS, OrbaxSource
+from dsjax.checkpoint.redundant import by_slots, fill_tables
 from dsjax.checkpoint.streaming import (
     Region,
+    Source,
     float_dtype,
     ordered,
     progress_bar,
@@ -41,29 +42,14 @@ from dsjax.checkpoint.work import (
     partial_path,
 )
 from dsjax.config import ModelConfig
+from dsjax.errors import UserError
 from dsjax.nn.options import Precision
+from dsjax.nn.replicas import Placement as Replication
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
-from dsjax.sharding import Sharding
+from dsjax.sharding import Sharding, make_mesh
 
 SLAB_BYTES = 16 << 20
-
-
-class Source(Protocol):
-    """What a checkpoint is to `assemble`: `HfSource` and `OrbaxSource`."""
-
-    directory: epath.Path
-
-    @property
-    def config(self) -> ModelConfig:
-        """The architecture."""
-
-    @property
-    def dtypes(self) -> dict[str, np.dtype]:
-        """Stored dtypes by dotted path."""
-
-    def read(self, path: str, region: Region, dtype: np.dtype) -> np.ndarray:
-        """A region of an array."""
 
 
 def open_source(directory: epath.Path) -> Source:
@@ -81,23 +67,34 @@ def load(
     dtype: DTypeLike | None = "float32",
     mesh: Mesh | None = None,
     sharding: Sharding | None = None,
+    place: Callable[[ModelConfig, int], Replication] | None = None,
     progress: bool = False,
 ) -> Transformer:
     """A Transformer from a Hugging Face or a dsjax directory, on the mesh.
 
     dtype: of weights and computation; None is the dtype of the stored embedding. FP8
     blocks are dequantised straight to it, without a bfloat16 between.
-    mesh: by default the mesh of ones. Raises UserError for what `convert` refuses, too.
+    mesh: by default the mesh of ones. place: where experts go that lie in more than one
+    slot, from the architecture and the devices of the expert axis; each of these reads
+    its slots alone. Raises UserError for what `convert` refuses, too.
     """
     asked = None if dtype is None else float_dtype(dtype)
     source = open_source(epath.Path(path))
     dtype = source.dtypes["embedding_VD"] if asked is None else asked
+    mesh = make_mesh() if mesh is None else mesh
+    placement = None
+    if place is not None:
+        placement = place(source.config, mesh.shape["expert"])
+        source = by_slots(source, placement)
     model = Transformer.abstract(
         source.config,
         mesh=mesh,
         sharding=sharding,
         precision=Precision(compute=dtype, params=dtype),
+        slots=placement and placement.slots,
     )
+    if placement is not None:
+        fill_tables(model, placement)
     variables = flat(model)
     places = {path: variable.get_value() for path, variable in variables.items()}
     for path, array in assemble(source, places, progress=progress):
@@ -249,8 +246,11 @@ def _part(
 def save(model: Transformer, path: PathLike) -> None:
     """Writes a model, sharded or not, as a dsjax (Orbax) checkpoint.
 
-    Every host calls it; each writes its shards. Raises UserError when `path` exists.
+    Every host calls it; each writes its shards. Raises UserError when `path` exists,
+    and for a model whose experts lie in several slots.
     """
+    if model.slots is not None:
+        raise UserError("a model with redundant experts is not saved: load one without")
     out = epath.Path(path)
     check_absent(out)
     arrays = {name: variable.get_value() for name, variable in flat(model).items()}

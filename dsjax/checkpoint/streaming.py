@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +12,7 @@ from etils import epath
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
+from dsjax.config import ModelConfig
 from dsjax.errors import UserError
 
 Job = TypeVar("Job")
@@ -19,6 +20,23 @@ Result = TypeVar("Result")
 Region = tuple[slice, ...]  # one slice with start and stop for each dimension
 FLOATS = tuple(map(jnp.dtype, ("float32", "bfloat16", "float16")))
 LOCAL_WORKERS, REMOTE_WORKERS = 4, 16  # object stores answer slowly, but many at once
+
+
+class Source(Protocol):
+    """What a checkpoint is to `assemble`: `HfSource` and `OrbaxSource`."""
+
+    directory: epath.Path
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Stored dtypes by dotted path."""
+
+    def read(self, path: str, region: Region, dtype: np.dtype) -> np.ndarray:
+        """A region of an array."""
 
 
 def ordered(

@@ -7,31 +7,81 @@ together, groups are first packed onto nodes, so that replicas of an expert shar
 Letters: L layers, E experts, R slots (one expert's weights each), in device order.
 """
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Int
 
+from dsjax.config import ModelConfig, Moe
 from dsjax.errors import UserError
+from dsjax.nn.replicas import Placement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Placement:
-    """`expert_LR` is the expert in each slot; device d has slots d x R / devices on.
+class Redundant:
+    """What `dsjax.load` places experts by.
 
-    `replicas_LE` counts the slots that each expert has, one at least.
+    loads: how often each expert of each MoE layer was chosen, [L, E], or a JSON file
+    with such rows. experts: how many slots there are beyond one each. nodes: of equally
+    many devices, each with fast links within.
     """
 
-    expert_LR: Int[np.ndarray, "L R"]
-    replicas_LE: Int[np.ndarray, "L E"]
+    loads: Float[np.ndarray, "L E"] | epath.PathLike
+    experts: int
+    nodes: int = 1
 
-    def device_load(
-        self, load_LE: Float[np.ndarray, "L E"], *, devices: int
-    ) -> Float[np.ndarray, "L devices"]:
-        """Each device's load when replicas share their expert's evenly."""
-        share_LE = np.asarray(load_LE, np.float64) / self.replicas_LE
-        share_LR = np.take_along_axis(share_LE, self.expert_LR, axis=1)
-        return share_LR.reshape(len(share_LR), devices, -1).sum(axis=-1)
+    def rows(self) -> Float[np.ndarray, "L E"]:
+        """The loads as an array. Raises UserError for a file without rows of numbers."""
+        if isinstance(self.loads, np.ndarray):
+            return self.loads.astype(np.float64)
+        try:
+            return np.array(json.loads(epath.Path(self.loads).read_text()), np.float64)
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{self.loads}: no rows of loads: {error}") from None
+
+    def place(self, config: ModelConfig, devices: int) -> Placement:
+        """The slots of the model's MoE layers on the devices of the expert axis.
+
+        Raises UserError for loads of another model, and for sizes that do not divide.
+        """
+        load_LE, moe = self.rows(), _mixture(config)
+        layers = sum(
+            s.count for s in config.segments if isinstance(s.feed_forward, Moe)
+        )
+        if load_LE.shape != (layers, moe.num_experts):
+            raise UserError(
+                f"loads of shape {list(load_LE.shape)}, {config.name} has "
+                f"{layers} MoE layers of {moe.num_experts} experts"
+            )
+        return place(
+            load_LE,
+            slots=moe.num_experts + self.experts,
+            devices=devices,
+            nodes=self.nodes,
+            groups=moe.groups.count if moe.groups else 1,
+        )
+
+    def balance(
+        self, config: ModelConfig, devices: int
+    ) -> tuple[Float[np.ndarray, " L"], Float[np.ndarray, " L"]]:
+        """The busiest device's load over the mean one, in each layer: with experts in
+        their order, and as they are placed.
+        """
+        load_LE = self.rows()
+        plain = load_LE.reshape(len(load_LE), devices, -1).sum(axis=-1)
+        placed = self.place(config, devices).device_load(load_LE, devices=devices)
+        before, after = (x.max(axis=1) / x.mean(axis=1) for x in (plain, placed))
+        return before, after
+
+
+def _mixture(config: ModelConfig) -> Moe:
+    """What all of the model's MoE layers are."""
+    kinds = {s.feed_forward for s in config.segments if isinstance(s.feed_forward, Moe)}
+    if len(kinds) != 1:
+        raise UserError(f"{config.name} has {len(kinds)} kinds of MoE layers, not one")
+    return kinds.pop()
 
 
 def place(
@@ -64,7 +114,7 @@ def place(
     placed = [_place_layer(load_E, slots, devices, nodes, groups) for load_E in load_LE]
     expert_LR = np.stack(placed)
     counts = [np.bincount(expert_R, minlength=experts) for expert_R in expert_LR]
-    return Placement(expert_LR=expert_LR, replicas_LE=np.stack(counts))
+    return Placement(expert_LR=expert_LR, replicas_LE=np.stack(counts), nodes=nodes)
 
 
 def _place_layer(

@@ -23,6 +23,7 @@ from dsjax.nn import cache as kv
 from dsjax.nn.dispatch import dispatched
 from dsjax.nn.feed_forward import SwiGlu, swiglu
 from dsjax.nn.options import Build, keep
+from dsjax.nn.replicas import empty_table, to_slots
 from dsjax.nn.router import Routing
 from dsjax.nn.rows import (
     count,
@@ -43,7 +44,10 @@ class Experts(nnx.Module):
     """The routed experts, cut along `expert` (whole experts), `tensor` and `fsdp`."""
 
     def __init__(self, config: Moe, d_model: int, *, build: Build):
-        self.config = config
+        self.config, self.slots = config, build.slots
+        if build.slots is not None:
+            self.slots_EX = empty_table(config, build.slots)
+            self.config = config = build.slots.moe(config)
         self.dtype, sharding = build.precision.compute, build.sharding
         E, F, D = config.num_experts, config.width, d_model
         self.gate_EFD = build.weight((E, F, D), sharding.expert_in_EFD)
@@ -68,9 +72,14 @@ class Experts(nnx.Module):
         in_EFD, _, out_EDF = specs = [jax.typeof(w).sharding.spec for w in weights]
         tensor = _is_cut(in_EFD, "tensor")
 
-        def local(x_BTD, chosen_BTk, affinity_BTk, weights, within):
+        tables = () if self.slots is None else (self.slots_EX[...],)
+
+        def local(x_BTD, chosen_BTk, affinity_BTk, weights, within, tables):
             tokens = x_BTD, chosen_BTk, affinity_BTk
             tokens = [a.reshape(-1, a.shape[-1]) for a in tokens]
+            for table_EX in tables:
+                options = {"slots": self.slots.count, "batch": axes_of(batch)}
+                tokens[1] = to_slots(tokens[1], table_EX, **options)
             weights = tuple(map(_gathered, weights, specs))
             match way:
                 case _Way.HERE:
@@ -87,10 +96,16 @@ class Experts(nnx.Module):
         rows = P(batch, None, None)
         y_BTD = jax.shard_map(
             local,
-            in_specs=(rows, rows, rows, (in_EFD, in_EFD, out_EDF), _specs(within)),
+            in_specs=(
+                *(rows, rows, rows, (in_EFD, in_EFD, out_EDF), _specs(within)),
+                _specs(tables),
+            ),
             out_specs=rows,
             check_vma=False,
-        )(x_BTD, self._computed(routing), routing.weights_BTk, tuple(weights), within)
+        )(
+            *(x_BTD, self._computed(routing), routing.weights_BTk),
+            *(tuple(weights), within, tables),
+        )
         if shared is not None and not within:
             y_BTD += shared(x_BTD)
         return y_BTD
@@ -99,7 +114,7 @@ class Experts(nnx.Module):
         """The chosen experts; a dropped choice names none that exists."""
         if routing.kept_BTk is None:
             return routing.indices_BTk
-        nowhere = self.gate_EFD.shape[0]
+        nowhere = self.config.num_experts  # or slots, which are more
         return jnp.where(routing.kept_BTk, routing.indices_BTk, nowhere)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from dsjax.nn.replicas import Slots
 from dsjax.nn.weights import filled, weight
 from dsjax.sharding import Sharding
 from pallas_kernels.flash_attention import api as flash_attention
@@ -99,12 +100,15 @@ def layer_input(x: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What every part of a model is built with: how weights start, rest and compute."""
+    """What every part of a model is built with: how weights start, rest and compute, and
+    how many slots routed experts have, if not one each.
+    """
 
     std: float
     sharding: Sharding
     precision: Precision
     rngs: nnx.Rngs
+    slots: Slots | None = None
 
     def weight(self, shape: tuple[int, ...], spec: P) -> nnx.Param:
         """A normal(0, std) weight. `spec` tells how one layer's array rests."""

@@ -21,6 +21,7 @@ from dsjax.nn.embedding import look_up
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import FLOAT32, Build, Precision, Remat, layer_input
+from dsjax.nn.replicas import Slots
 from dsjax.nn.router import Routing
 from dsjax.nn.weights import batch_axes, facing, flat, shardings, use
 from dsjax.sharding import Sharding, axes_of, fit, make_mesh
@@ -46,7 +47,8 @@ class Transformer(nnx.Module):
     """A decoder of any published architecture.
 
     `precision` says which dtypes weights rest and compute in, `remat` what the backward
-    pass computes again. Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
+    pass computes again, `slots` that routed experts may lie on the devices more than
+    once (`dsjax.load` places them). Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
     """
 
     def __init__(
@@ -58,14 +60,20 @@ class Transformer(nnx.Module):
         sharding: Sharding | None = None,
         precision: Precision = FLOAT32,
         remat: Remat = Remat.NONE,
+        slots: Slots | None = None,
     ):
         self.config, self.precision, self.remat = config, precision, remat
+        self.slots = slots
         self.mesh = make_mesh() if mesh is None else mesh
         self.sharding = sharding = Sharding() if sharding is None else sharding
         self.tokenizer = None
         V, D = config.vocab_size, config.d_model
         build = Build(
-            std=config.init_std, sharding=sharding, precision=precision, rngs=rngs
+            std=config.init_std,
+            sharding=sharding,
+            precision=precision,
+            rngs=rngs,
+            slots=slots,
         )
         self.embedding_VD = build.weight((V, D), sharding.embedding_VD)
         self.segments = nnx.List(
@@ -75,7 +83,9 @@ class Transformer(nnx.Module):
         if not config.tied_embeddings:
             self.head_VD = build.weight((V, D), sharding.head_VD)
         if config.mtp:
-            self.mtp = MultiTokenPrediction(config, build=build, remat=remat)
+            self.mtp = MultiTokenPrediction(
+                config, build=replace(build, slots=None), remat=remat
+            )
 
     @property
     def dtype(self) -> np.dtype:

@@ -1,0 +1,236 @@
+"""Every mesh of eight devices computes what one device does.
+
+Loss, gradients, prefill and eight decoding steps, of a dense model and of a MoE whose
+routing is skewed: every token chooses experts 0 and 1, none chooses the last three. The
+room for rows is small, so that tokens go in chunks, and the rows of a chunk in rounds.
+"""
+
+import itertools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsjax.config import (
+    Dense,
+    Gqa,
+    Groups,
+    GroupScore,
+    Mla,
+    ModelConfig,
+    Moe,
+    Score,
+    Segment,
+)
+from dsjax.nn import dispatch
+from dsjax.nn.cache import empty_cache
+from dsjax.nn.transformer import Transformer
+from dsjax.nn.weights import flat
+from dsjax.sharding import AXES, SERVING, Sharding, make_mesh
+from dsjax.train.objective import Objective, losses, shares
+from tests.support import fill, put, rounds
+
+ROWS, LENGTH, NEW = 8, 16, 8
+MOE = Moe(
+    num_experts=16,
+    num_shared=1,
+    top_k=4,
+    width=16,
+    score=Score.SIGMOID,
+    groups=Groups(count=4, kept=2, score=GroupScore.TOP2_SUM),
+    renormalize=True,
+    selection_bias=True,
+)
+ALWAYS, NEVER = (0, 1), (13, 14, 15)
+SIZES = {"vocab_size": 64, "d_model": 32, "max_length": 64, "init_std": 0.2}
+CONFIGS = {
+    "dense": ModelConfig(
+        name="dense",
+        attention=Gqa(num_heads=16, num_kv_heads=8, head_dim=8),
+        segments=(Segment(count=2, feed_forward=Dense(width=64)),),
+        **SIZES,
+    ),
+    "moe": ModelConfig(
+        name="moe",
+        attention=Mla(
+            num_heads=8, kv_rank=16, q_rank=16, nope_dim=8, rope_dim=4, value_dim=8
+        ),
+        segments=(
+            Segment(count=1, feed_forward=Dense(width=64)),
+            Segment(count=2, feed_forward=MOE),
+        ),
+        **SIZES,
+    ),
+}
+BIAS = "segments.1.feed_forward.router.bias_E"
+OBJECTIVES = {"dense": Objective(), "moe": Objective(sequence_balance=0.05)}
+TOKENS = np.random.default_rng(1).integers(0, 64, (ROWS, LENGTH + NEW), np.int32)
+LENGTHS = np.array([16, 9, 3, 12, 1, 16, 7, 8], np.int32)
+
+FACTORISATIONS = [
+    sizes
+    for sizes in itertools.product((1, 2, 4, 8), repeat=4)
+    if math.prod(sizes) == 8
+]
+# Each axis alone as far as it goes, and each pair of axes at least once.
+DEFAULT = [
+    (1, 8, 1, 1),
+    (1, 1, 8, 1),
+    (1, 1, 1, 8),
+    (2, 1, 4, 1),
+    (1, 2, 2, 2),
+    (2, 2, 1, 2),
+]
+MESHES = [
+    pytest.param(
+        dict(zip(AXES, sizes)),
+        id="x".join(map(str, sizes)),
+        marks=() if sizes in DEFAULT else pytest.mark.slow,
+    )
+    for sizes in FACTORISATIONS
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_room():
+    with pytest.MonkeyPatch.context() as patch:
+        restrict(patch)
+        yield
+
+
+def restrict(patch: pytest.MonkeyPatch) -> None:
+    """A device has room for 1.25 times an even share of 8 tokens' rows, not a row more:
+    several chunks, and several rounds of each."""
+    patch.setattr(dispatch, "TILE", 1)
+    patch.setattr(dispatch, "CHUNK_BYTES", 8 * MOE.top_k * SIZES["d_model"] * 4)
+
+
+def model_of(name: str, sharding: Sharding, **mesh) -> Transformer:
+    abstract = Transformer.abstract(
+        CONFIGS[name], mesh=make_mesh(**mesh), sharding=sharding
+    )
+    model = fill(abstract, std=0.2)
+    if name == "moe":
+        bias = flat(model)[BIAS]
+        skewed = np.zeros(bias.shape)
+        skewed[:, ALWAYS], skewed[:, NEVER] = 10.0, -10.0
+        put(bias, skewed)
+    return model
+
+
+@partial(jax.jit, static_argnums=0)
+def loss_and_gradients(graph, state, tokens):
+    """By name, and how often each expert was chosen."""
+    batch = {"tokens": tokens[:, : LENGTH + 1]}
+
+    def total(state):
+        model = nnx.merge(graph, state)
+        terms = losses(
+            model,
+            batch,
+            objective=OBJECTIVES[model.config.name],
+            shares=shares({"tokens": batch["tokens"][None]}),
+        )
+        return terms.loss + terms.balance_loss, terms
+
+    (loss, terms), gradients = jax.value_and_grad(total, has_aux=True)(state)
+    return {"loss": loss, "loads": terms.loads} | _paths(gradients)
+
+
+@partial(jax.jit, static_argnums=0)
+def chosen(graph, state, tokens):
+    """The experts of the loss's tokens, in each MoE layer: [L, B T, k]."""
+    output = nnx.merge(graph, state).forward(tokens[:, :LENGTH])
+    indices_LBTk = output.routing[1].indices_BTk
+    return indices_LBTk.reshape(len(indices_LBTk), -1, MOE.top_k)
+
+
+def _paths(state: nnx.State) -> dict[str, jax.Array]:
+    return {
+        ".".join(map(str, path)): variable.get_value()
+        for path, variable in nnx.to_flat_state(state)
+    }
+
+
+@partial(jax.jit, static_argnums=0)
+def serve(graph, state, tokens):
+    """Logits of prompts of unequal length, then of eight tokens, one at a time."""
+    model = nnx.merge(graph, state)
+    cache = empty_cache(
+        model.config, batch=ROWS, slots=LENGTH + NEW, dtype="float32", mesh=model.mesh
+    )
+    prompts = jnp.where(jnp.arange(LENGTH) < LENGTHS[:, None], tokens[:, :LENGTH], 0)
+    out = model.prefill(prompts, LENGTHS, cache)
+
+    def step(cache, given_B):
+        out = model.decode(given_B[:, None], cache)
+        return out.cache, model.logits(out.hidden_BTD)[:, 0]
+
+    rows = np.arange(ROWS)[:, None]
+    given_BN = tokens[rows, LENGTHS[:, None] + np.arange(NEW)]
+    _, decoded = jax.lax.scan(step, out.cache, given_BN.T)
+    return {"prefill": model.logits(out.hidden_BTD), "decode": decoded}
+
+
+def run(program, model: Transformer) -> dict[str, np.ndarray]:
+    with jax.set_mesh(model.mesh):
+        return jax.device_get(program(*nnx.split(model), TOKENS))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict]:
+    """By one device: of each model, what each program gives."""
+    found = {}
+    for name in CONFIGS:
+        model = model_of(name, Sharding())
+        found[name] = {p: run(p, model) for p in (loss_and_gradients, serve)}
+    return found
+
+
+def compare(got: dict, wanted: dict) -> None:
+    """Within 1e-5 of each array's largest value."""
+    assert got.keys() == wanted.keys()
+    for path, array in wanted.items():
+        if path != "loads":
+            difference = np.abs(got[path] - array).max()
+            assert difference <= 1e-5 * np.abs(array).max(), path
+
+
+def test_routing_is_skewed(expected):
+    """As the module's text says; experts that nothing chooses have no gradient."""
+    found = expected["moe"][loss_and_gradients]
+    (load_LE,) = found["loads"]
+    assert (load_LE[:, ALWAYS] == ROWS * LENGTH).all()
+    assert (load_LE[:, NEVER] == 0).all()
+    assert (load_LE > 0).sum(axis=1).min() > 4
+    gradient = found["segments.1.feed_forward.experts.gate_EFD"]
+    assert not gradient[:, NEVER].any() and gradient[:, ALWAYS].any()
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 8}, {"data": 2, "expert": 4}], ids=str)
+def test_rows_go_in_chunks_and_rounds(sizes):
+    for chosen_Nk in run(chosen, model_of("moe", Sharding())):
+        chunks, most = rounds(chosen_Nk, MOE, d_model=SIZES["d_model"], **sizes)
+        assert chunks == 2 and most > 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sizes", MESHES)
+def test_training(name, sizes, expected):
+    found = run(loss_and_gradients, model_of(name, Sharding(), **sizes))
+    wanted = expected[name][loss_and_gradients]
+    compare(found, wanted)
+    for got, load_LE in zip(found["loads"], wanted["loads"], strict=True):
+        np.testing.assert_array_equal(got, load_LE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("layout", ["training", "serving"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_prefill_and_decoding(name, layout, sizes, expected):
+    sharding = SERVING if layout == "serving" else Sharding()
+    compare(run(serve, model_of(name, sharding, **sizes)), expected[name][serve])
