@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import jax
@@ -70,8 +71,14 @@ def in_a_job(environment: Mapping[str, str]) -> bool:
 def in_a_slice(environment: Mapping[str, str]) -> bool:
     """Whether this machine is one of several of a Cloud TPU slice. On Compute Engine no
     variable says so; the machine's metadata name the others, and JAX asks there, too.
+    Only where there is a TPU: elsewhere a look for the server's name can take long.
     """
-    if "TPU_SKIP_MDS_QUERY" in environment:  # JAX sets it where no TPU is
+    chips = any(Path("/dev").glob("accel[0-9]*")) or any(
+        Path("/dev/vfio").glob("[0-9]*")
+    )
+    if "TPU_SKIP_MDS_QUERY" in environment or not (
+        chips or "GCE_METADATA_IP" in environment
+    ):
         return False
     server = environment.get("GCE_METADATA_IP", "metadata.google.internal")
     request = Request(
