@@ -31,6 +31,8 @@ class Sharding:
     """PartitionSpecs of weights (by their attribute's letters) and of activations.
 
     `storage`: axes along which a weight merely rests cut, and is gathered for its use.
+    `state`: axes along which the state of training is cut besides; its parameters are
+    gathered along them once a step (`dsjax.train.zero`).
 
     Letters: V vocabulary, D model, N heads, K key-value heads, G query heads of one of
     them, H head size, Q query latent, L latent, C latent + rotary key, E experts, F
@@ -60,6 +62,7 @@ class Sharding:
     mtp_DM: P = P(REST, None)
     tokens_BT: P = P(BATCH, None)
     storage: tuple[str, ...] = REST
+    state: tuple[str, ...] = ()
 
 
 _MODEL = ("tensor", "expert")

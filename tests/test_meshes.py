@@ -7,14 +7,21 @@ room for rows is small, so that tokens go in chunks, and the rows of a chunk in 
 
 import itertools
 import math
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
+from dsjax import hosts
 from dsjax.config import (
     Dense,
     Gqa,
@@ -234,3 +241,54 @@ def test_training(name, sizes, expected):
 def test_prefill_and_decoding(name, layout, sizes, expected):
     sharding = SERVING if layout == "serving" else Sharding()
     compare(run(serve, model_of(name, sharding, **sizes)), expected[name][serve])
+
+
+def test_two_processes():
+    """Of four devices each: experts on all eight, and on four with weights cut."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    script = (
+        "import sys; from tests import test_meshes as t; t.as_a_host(*sys.argv[1:])"
+    )
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, port, rank],
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def as_a_host(port: str, rank: str) -> None:
+    """Compares the mesh of both processes with a device of this one."""
+    hosts.start(coordinator=f"127.0.0.1:{port}", processes=2, process_id=int(rank))
+    assert (jax.local_device_count(), jax.device_count()) == (4, 8)
+    restrict(pytest.MonkeyPatch())
+    one = model_of("moe", Sharding(), devices=jax.local_devices())
+    wanted = {program: run(program, one) for program in (loss_and_gradients, serve)}
+    for sizes in ({"expert": 8}, {"fsdp": 2, "expert": 4}):
+        model = model_of("moe", Sharding(), **sizes)
+        for program, arrays in wanted.items():
+            compare(run(on_all(program), model), arrays)
+
+
+def on_all(program):
+    """The program with all of its results on every device."""
+
+    @partial(jax.jit, static_argnums=0)
+    def gathered(*arguments):
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, P()), program(*arguments))
+
+    return gathered

@@ -19,7 +19,7 @@ from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
-from dsjax.sharding import make_mesh
+from dsjax.sharding import Sharding, make_mesh
 from dsjax.train.experiment import Experiment
 from dsjax.train.step import Step, TrainState, init_state, make_step
 
@@ -110,6 +110,7 @@ def mesh_of(experiment: Experiment) -> Mesh:
 def _options(experiment: Experiment, mesh: Mesh) -> dict:
     return {
         "mesh": mesh,
+        "sharding": Sharding(state=("data",) if experiment.zero1 else ()),
         "precision": experiment.precision,
         "remat": experiment.remat,
     }

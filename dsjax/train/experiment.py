@@ -60,8 +60,9 @@ class Experiment:
     `tokens` is how many the run trains on, `length` the tokens of a sequence.
     `microbatch` sequences, counted over all devices, go through the model at once;
     a step adds up the gradients of batch / microbatch of them. `ema` is the decay of an
-    average of the parameters (0: none is kept). `initial` names a checkpoint whose
-    weights the run starts from, for an extension to longer sequences.
+    average of the parameters (0: none is kept). With `zero1` the mesh's `data` axis
+    cuts parameters, moments and average, too, and not the batch alone. `initial` names a
+    checkpoint whose weights the run starts from, for an extension to longer sequences.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Experiment:
     remat: Remat = Remat.NONE
     ema: float = 0.0
     mesh: MeshShape = MeshShape()
+    zero1: bool = False
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     initial: str | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from dsjax import hosts
 from dsjax.checkpoint.load import save
@@ -254,8 +255,9 @@ class Run:
         self._settle()
         if self.parts.held_out is None:
             return
-        write_back(self.parts.model, self.state)
-        self.held_out = score(self.parts.model, self.parts.held_out)
+        model = nnx.merge(*nnx.split(self.parts.model))  # its weights go with it
+        write_back(model, self.state)
+        self.held_out = score(model, self.parts.held_out)
         step, bits = self.counters.step, self.held_out.bits_per_byte
         self.log.write(
             {

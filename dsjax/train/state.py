@@ -14,16 +14,16 @@ from jaxtyping import Int, PRNGKeyArray, UInt32
 
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
-from dsjax.nn.weights import RouterBias, flat
+from dsjax.nn.weights import RouterBias, flat, shardings
 from dsjax.train.optimizer import AdamW, adamw
-
-Weights = dict[str, Array]  # dotted path -> array
+from dsjax.train.zero import Weights, at_rest, is_cut
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that a step changes; every leaf rests where its parameter does.
+    """Everything that a step changes; every leaf rests where its parameter does, which
+    is where the model's weight does or, with `Sharding.state`, a part of it.
 
     `step` counts all steps, also those whose update was skipped. `ema` is a float32
     moving average of the parameters, empty if none is kept. `rng` is the data of the
@@ -58,6 +58,7 @@ def init_state(
 
     @jax.jit
     def init(params: Weights, biases: Weights) -> TrainState:
+        params = at_rest(params, model)
         average = params if ema else {}
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -86,11 +87,14 @@ def _abstract(traced: jax.stages.Traced, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def write_back(model: Transformer, state: TrainState, *, average: bool = False) -> None:
-    """Puts a state's weights into the model; with `average` those of its moving
-    average.
+    """Puts a state's weights into the model, as its layout has them; with `average`
+    those of its moving average.
     """
     params = state.params
     if average:
         params = {k: v.astype(params[k].dtype) for k, v in state.ema.items()}
+    if is_cut(model):
+        places = shardings(model, model.mesh)
+        params = {k: jax.device_put(v, places[k]) for k, v in params.items()}
     for path, variable in flat(model).items():
         variable.set_value({**params, **state.biases}[path])

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
 from jaxtyping import Bool, Float
 
 from dsjax.nn.transformer import Transformer
@@ -25,7 +24,8 @@ from dsjax.train import balance
 from dsjax.train.objective import Objective, Terms, expert_parts, losses, shares
 from dsjax.train.optimizer import AdamW, adamw, apply
 from dsjax.train.schedule import Progress, Schedule, value
-from dsjax.train.state import TrainState, Weights, init_state, write_back
+from dsjax.train.state import TrainState, init_state, write_back
+from dsjax.train.zero import Weights, at_rest, gathered
 
 __all__ = [
     "Metrics",
@@ -142,10 +142,13 @@ def make_step(
             )
             return terms.loss + rates.mtp * terms.mtp_loss + terms.balance_loss, terms
 
+        def gradient(params: Weights, microbatch: Batch, key: Array):
+            found, terms = jax.grad(total, has_aux=True)(params, microbatch, key)
+            found = {path: leaf.astype(dtype) for path, leaf in found.items()}
+            return at_rest(found, model), terms
+
         whole, key = shares(batch), state.key()
-        gradients, terms = _add_up(
-            jax.grad(total, has_aux=True), state.params, batch, key, dtype
-        )
+        gradients, terms = _add_up(gradient, gathered(state.params, model), batch, key)
         norm = optax.tree.norm(gradients)
         updates, moments = transform.update(gradients, state.moments, state.params)
         params = apply(state.params, updates, rates.learning_rate)
@@ -165,17 +168,16 @@ def make_step(
 
 
 def _add_up(
-    gradient: Callable, params: Weights, batch: Batch, key: Array, dtype: DTypeLike
+    gradient: Callable, params: Weights, batch: Batch, key: Array
 ) -> tuple[Weights, Terms]:
     """The sums of `gradient(params, microbatch, key)` over a step's microbatches.
 
-    The sums rest where the parameters do, in `dtype`. A single microbatch has neither
-    loop nor sums.
+    The sums rest where the state's parameters do, in the dtype of the gradients. A
+    single microbatch has neither loop nor sums.
     """
 
     def one(microbatch: Batch, index: Array) -> tuple[Weights, Terms]:
-        found, terms = gradient(params, microbatch, jax.random.fold_in(key, index))
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), found), terms
+        return gradient(params, microbatch, jax.random.fold_in(key, index))
 
     count = len(batch["tokens"])
     if count == 1:
