@@ -33,7 +33,7 @@ BLOCK_BYTES = (
     768 * 1024
 )  # of a block's keys and values: as much as fits in 16 MiB of VMEM
 STEP = 2**16  # about 0.2 us of a v5p: assumed, not measured
-PARTS_BYTES = 2**28  # of the gradient of the queries, before its parts are added up
+PARTS_BYTES = 2**29  # of the gradient of the queries, before its parts are added up
 LANES = 128
 
 
