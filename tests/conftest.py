@@ -38,3 +38,10 @@ def mesh() -> jax.sharding.Mesh:
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _drop_compiled_programs():
+    """A process that has run hundreds of tests holds gigabytes of programs otherwise."""
+    yield
+    jax.clear_caches()
