@@ -103,7 +103,7 @@ def test_set_inside_a_tuple_of_sources():
         ("model.mtp=1", "'1' is no bool"),
         ("precision.compute=int8", "'int8' is no floating-point dtype"),
         ("precision.compute=f99", "'f99' is no floating-point dtype"),
-        ("remat=some", "'some' is none of NONE, FULL, V3"),
+        ("remat=some", "'some' is none of NONE, FULL, OFFLOAD, V3"),
         ("learning_rate=Linear(peak=1)", "is no float or Constant or MultiStep"),
         ("learning_rate=Cosine(peek=1)", "Cosine has no field 'peek': near it peak"),
         ("learning_rate=Cosine(1)", "Cosine needs fields of peak"),
