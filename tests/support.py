@@ -60,7 +60,7 @@ def rounds(
 
     def local(chosen_Nk):
         row_bytes = moe.top_k * d_model * 4
-        chunks = dispatch._chunks(len(chosen_Nk), row_bytes)
+        chunks = dispatch._chunks(len(chosen_Nk), row_bytes, 0.0)
         parts = chosen_Nk.reshape(chunks, -1, moe.top_k)
         most = jax.lax.map(lambda part: dispatch._plan(part, moe).rounds, parts).max()
         return jnp.stack([jnp.int32(chunks), most])
