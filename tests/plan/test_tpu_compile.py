@@ -163,7 +163,9 @@ def decode(tmp_path, topology):
     assert cache >= 2 * rows * slots * 576 * 2
     assert cache <= found.plan["aliased_bytes"] < cache + 2**14
     layers = rf"(?:[12],)?{rows},(?:{slots},512|64,{slots})"
-    assert not re.findall(rf"\[{layers}\]\S* copy", found.text)
+    copies = re.findall(rf"\[{layers}\]\S* copy", found.text)
+    # A cache as small as this one may wait in VMEM, S(1): copied there, and back.
+    assert len(copies) == 2 * sum("S(1)" in copy for copy in copies), copies
 
     tokens = 4 * rows * SMALL.d_model * 2  # bytes, of all devices
     others, _ = weight_sizes()
