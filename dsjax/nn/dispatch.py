@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import Moe
 from dsjax.nn.exchange import Lanes, exchange, lanes
+from dsjax.nn.groups import equal_parts
 from dsjax.nn.rows import (
     count,
     first_places,
@@ -90,8 +91,7 @@ def _chunks(rows: int, row_bytes: int, expert_rows: float) -> int:
     such. A token has `row_bytes` and `expert_rows` of them on average.
     """
     most = max(rows * row_bytes / CHUNK_BYTES, rows * expert_rows / CHUNK_ROWS)
-    least = min(rows, math.ceil(most))
-    return next(n for n in range(max(least, 1), rows + 1) if rows % n == 0)
+    return equal_parts(rows, math.ceil(most))
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from dsjax.nn.groups import equal_parts
 from dsjax.sharding import axes_of
 
 CHUNK = 8192  # tokens that a device looks up at once, others' among them
@@ -23,8 +24,9 @@ def look_up(
 
     The table is never whole on a device. Along the axes that cut the vocabulary, devices
     look up each other's tokens, each in its own part, and the parts are added: all but
-    one are zero; in chunks, since all of their rows together are many. Rows are cast after the look-up: a frequent token's gradient is a sum
-    over thousands of positions, which bfloat16 would round away.
+    one are zero; in chunks, since all of their rows together are many. Rows are cast
+    after the look-up: a frequent token's gradient is a sum over thousands of positions,
+    which bfloat16 would round away.
     """
     table, tokens = (jax.typeof(x).sharding.spec for x in (table_VD, tokens_BT))
     vocabulary, stored = axes_of(table[0]), axes_of(table[1])
@@ -48,8 +50,7 @@ def look_up(
         for axis in reversed(stored):  # one at a time: two compile to an all-reduce
             table_VD = jax.lax.all_gather(table_VD, axis, axis=1, tiled=True)
         rows, together = tokens_BT.size, math.prod(map(jax.lax.axis_size, shared))
-        least = min(rows, -(-rows * together // CHUNK))
-        chunks = next(n for n in range(least, rows + 1) if rows % n == 0)
+        chunks = equal_parts(rows, -(-rows * together // CHUNK))
         if chunks == 1:
             return parts(table_VD, tokens_BT.reshape(-1)).reshape(*tokens_BT.shape, -1)
         x = jax.lax.map(

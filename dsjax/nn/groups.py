@@ -19,8 +19,12 @@ def groups(x_BTD: Array, token_bytes: int, *, at_once: int) -> int:
     """
     batch, length, *_ = x_BTD.shape
     rows = batch // _devices(x_BTD)
-    least = min(rows, math.ceil(rows * length * token_bytes / at_once))
-    return next(n for n in range(max(least, 1), rows + 1) if rows % n == 0)
+    return equal_parts(rows, math.ceil(rows * length * token_bytes / at_once))
+
+
+def equal_parts(size: int, least: int) -> int:
+    """The smallest divisor of `size` that is `least` or more; `size`, if it is less."""
+    return next(n for n in range(max(min(least, size), 1), size + 1) if size % n == 0)
 
 
 def in_groups(function: Callable[..., Array], number: int, *arrays: Any) -> Array:

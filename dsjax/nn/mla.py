@@ -20,7 +20,7 @@ from dsjax.nn.groups import groups, in_groups
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import Build, keep
 from dsjax.nn.rope import rotate
-from dsjax.nn.weights import batch_axes, facing, use, whole
+from dsjax.nn.weights import batch_axes, facing, spec_of, use, whole
 from dsjax.sharding import axes_of
 from pallas_kernels.mla_decode.api import mla_decode
 
@@ -170,7 +170,7 @@ class MultiHeadLatentAttention(nnx.Module):
         up_NHL = use(self.kv_up_NHL, self.dtype)
         k_up_NHL, v_up_NHL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
         q_BTNL = jnp.einsum("BTNH,NHL->BTNL", q_BTNH, k_up_NHL)
-        heads, rows = _spec(q_BTNL), _rows(q_BTNL, batch_axes(context.positions_BT))
+        heads, rows = spec_of(q_BTNL), _rows(q_BTNL, batch_axes(context.positions_BT))
         q_BTNL, q_BTNR = reshard(q_BTNL, rows), reshard(q_BTNR, rows)
         mix_BTNL, _ = mla_decode(
             q_BTNL,
@@ -188,11 +188,7 @@ class MultiHeadLatentAttention(nnx.Module):
         return rotate(q_BTNR, positions_BT, self.config.rope)
 
 
-def _spec(x: Array) -> P:
-    return jax.typeof(x).sharding.spec
-
-
 def _rows(x_BTNL: Array, batch: str | tuple[str, ...] | None) -> P:
     """The layout of heads' vectors whose rows are where `batch` cuts them."""
-    heads = [a for a in axes_of(_spec(x_BTNL)[2]) if a not in axes_of(batch)]
+    heads = [a for a in axes_of(spec_of(x_BTNL)[2]) if a not in axes_of(batch)]
     return P(batch, None, tuple(heads) or None, None)

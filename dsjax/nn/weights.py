@@ -53,7 +53,7 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     Gathers one mesh axis at a time: two at once compile to a full-size all-reduce.
     """
     array = cast(weight, dtype)
-    spec = _spec(array)
+    spec = spec_of(array)
     for axis in reversed(weight.get_metadata("storage")):
         gathered = P(*(_without(entry, axis) for entry in spec))
         if gathered != spec:
@@ -72,7 +72,7 @@ def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
 
 def batch_axes(x: Array) -> str | tuple[str, ...] | None:
     """The mesh axes that cut the first dimension of an activation."""
-    spec = _spec(x)
+    spec = spec_of(x)
     return spec[0] if len(spec) else None
 
 
@@ -82,18 +82,19 @@ def facing(x: Array, *weights: Array) -> Array:
     A no-op in training, where weights are gathered and `tensor` cuts no batch. In the
     serving layout weights stay and the few tokens are gathered.
     """
-    cut = {axis for w in weights for axis in axes_of(*_spec(w))}
-    spec = _spec(x)
+    cut = {axis for w in weights for axis in axes_of(*spec_of(w))}
+    spec = spec_of(x)
     rest = tuple(axis for axis in axes_of(spec[0]) if axis not in cut)
     return jax.sharding.reshard(x, P(rest or None, *spec[1:]))
 
 
 def whole(x: Array) -> Array:
     """An activation with nothing cut but its batch."""
-    return jax.sharding.reshard(x, P(_spec(x)[0]))
+    return jax.sharding.reshard(x, P(spec_of(x)[0]))
 
 
-def _spec(array: Array) -> P:
+def spec_of(array: Array) -> P:
+    """How the mesh cuts an array."""
     return jax.typeof(array).sharding.spec
 
 
