@@ -1,0 +1,130 @@
+"""How the Hopper kernels of the grouped matmul cut their work: tiles, and their order.
+
+Letters: M rows, N outer, K inner, G groups, T tiles of rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+SMS = 132  # of an H100 or H200: blocks of the grid
+LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
+BAND = 8  # columns of tiles that are walked together
+
+
+class Tiles(NamedTuple):
+    """Sizes of one kernel's tiles."""
+
+    rows: int  # half of them each of two warpgroups'
+    columns: int
+    stages: int = 4  # buffers of operands
+    leaving: int = 2  # buffers of results, a warpgroup
+
+    @property
+    def half(self) -> int:
+        """Rows of one warpgroup."""
+        return self.rows // 2
+
+
+def lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
+    """Why the kernels do not take x [rows, K] and w of `shape` [G, N, K]; nothing where
+    they do.
+    """
+    if not rows or 0 in shape:
+        return f"takes no empty operands ({rows} rows, {shape})"
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16 ({dtype})"
+    return "" if _is_hopper() else "needs a GPU of Hopper's generation"
+
+
+def _is_hopper() -> bool:
+    """Whether the GPU at hand is of Hopper's generation; without one, what is compiled
+    ahead of time for a GPU is taken to be.
+    """
+    if jax.default_backend() != "gpu":
+        return True
+    return jax.devices()[0].compute_capability.startswith("9.")
+
+
+def row_tiles(outer: int, *, turned: bool, apart: int = 1) -> Tiles:
+    """For products of rows: those that multiply the fewest columns in vain. Matrices
+    whose columns are contiguous (not `turned`) come in whole lines.
+    """
+    unit = 32 if turned else LINE
+    candidates = [Tiles(128, 256), Tiles(256, 128)]
+    if turned:
+        candidates.insert(1, Tiles(128, 224))
+    wide = [t for t in candidates if t.columns // apart % unit == 0]
+
+    def multiplied(tiles: Tiles) -> int:
+        width = tiles.columns // apart
+        return pl.cdiv(outer, width) * width
+
+    return min(wide, key=multiplied)
+
+
+def weight_tiles(outer: int, inner: int) -> Tiles:
+    """For gradients by weights: the same, of either axis."""
+
+    def multiplied(tiles: Tiles) -> int:
+        down, across = pl.cdiv(outer, tiles.rows), pl.cdiv(inner, tiles.columns)
+        return down * tiles.rows * across * tiles.columns
+
+    return min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+
+
+class Schedule(NamedTuple):
+    """Tiles of rows, in the order of rows. Those of the surplus rows come last, and
+    belong to group G.
+    """
+
+    group: Int[Array, " T"]
+    start: Int[Array, " T"]  # first row
+    count: Int[Array, " T"]  # rows that are the group's, from the first on
+    tiles: Int[Array, " 1"]  # how many there are
+
+
+def schedule(sizes_G: Int[Array, " G"], rows: int, tile: int) -> Schedule:
+    """By comparing everything with everything: two kernels, where prefix sums, a search
+    and gathers are many.
+    """
+    groups = sizes_G.shape[0]
+    ends_G = running_sum(sizes_G)
+    counts_G = -(-sizes_G.astype(jnp.int32) // tile)
+    tile_ends_G = running_sum(counts_G)
+    numbers_T1 = jnp.arange(rows // tile + groups + 1, dtype=jnp.int32)[:, None]
+    past_TG = tile_ends_G <= numbers_T1  # groups whose tiles all come before
+    first_T = jnp.where(past_TG, tile_ends_G, 0).max(1)
+    begin_T = jnp.where(past_TG, ends_G, 0).max(1)
+    end_T = jnp.where(past_TG, rows, ends_G).min(1)
+    start_T = begin_T + (numbers_T1[:, 0] - first_T) * tile
+    surplus = rows - ends_G[-1:]
+    return Schedule(
+        past_TG.sum(1, dtype=jnp.int32),
+        start_T,
+        jnp.clip(end_T - start_T, 0, tile),
+        tile_ends_G[-1:] - (-surplus // tile),
+    )
+
+
+def running_sum(sizes_G: Int[Array, " G"]) -> Int[Array, " G"]:
+    """Where each group ends."""
+    index_G = jnp.arange(sizes_G.shape[0])
+    return jnp.where(index_G[:, None] >= index_G, sizes_G.astype(jnp.int32), 0).sum(1)
+
+
+def walk(index, down, across: int):
+    """The tile at a place of the walk, as (row, column): BAND columns of tiles at a
+    time, row by row, so that what they share stays in the L2 cache.
+    """
+    if across <= BAND:
+        return lax.div(index, across), lax.rem(index, across)
+    band = lax.div(index, down * BAND)
+    index = index - band * down * BAND
+    width = jnp.minimum(BAND, across - band * BAND)
+    return lax.div(index, width), band * BAND + lax.rem(index, width)
