@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.implementations import combine
-from pallas_kernels.grouped_matmul.tiles_gpu import schedule
+from pallas_kernels.grouped_matmul.tiles_gpu import place, schedule
 from pallas_kernels.measure import Case
 
 EXACT_ROWS = 128  # rows of a group that the float32 product takes at once
@@ -69,14 +69,14 @@ def _tile_by_tile(step: Callable, result: Array, rows: int, sizes: Array) -> Arr
     """step(result, group, first row, which rows of the tile count) for every tile."""
     tiles = schedule(sizes, rows, EXACT_ROWS)
 
-    def one(result, tile):
-        group, start, count = tile
+    def one(result, number):
+        group, start, count = place(tiles, number, EXACT_ROWS)
         first = jnp.minimum(start, rows - EXACT_ROWS)
         row = first + jnp.arange(EXACT_ROWS)
         mine = (row >= start) & (row < start + count) & (group < sizes.shape[0])
         return step(result, group, first, mine[:, None]), None
 
-    return lax.scan(one, result, tiles[:3])[0]
+    return lax.scan(one, result, jnp.arange(len(tiles.group)))[0]
 
 
 def exact_product(x, w, sizes, *, turned=True):

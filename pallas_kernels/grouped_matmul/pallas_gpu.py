@@ -27,10 +27,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LINE,
     SMS,
+    Schedule,
     Tiles,
+    place,
     row_tiles,
     running_sum,
     schedule,
+    tile_count,
     walk,
     weight_tiles,
 )
@@ -296,8 +299,7 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
-            tiles_of_rows = refs[3][0]
-            _run(block.copy_tile, block.multiply_tile, tiles_of_rows * plan.across)
+            _run(block.copy_tile, block.multiply_tile, block.down * plan.across)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
@@ -322,8 +324,10 @@ class _Rows:
 
     def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
         self.plan = plan
-        self.group, self.start, self.count, self.tiles = refs[:4]
-        refs, self.ys = refs[4 : -plan.outputs], refs[-plan.outputs :]
+        fields = len(Schedule._fields)
+        self.schedule = Schedule(*refs[:fields])
+        self.down = tile_count(self.schedule, plan.M, plan.tiles.rows)
+        refs, self.ys = refs[fields : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
         self.ws, self.scales = refs[: plan.matrices], refs[plan.matrices :]
         self.x_in, self.x_landing = x_in
@@ -332,19 +336,19 @@ class _Rows:
         self.ring = _Ring(plan.tiles.stages, full, free)
 
     def place(self, index):
-        """The tile of rows, its first column, and how often to multiply for each matrix:
-        never for surplus rows, which so get zeros.
+        """Group, first row, rows of the group, first column, and how often to multiply
+        with each matrix: never for surplus rows, which so get zeros.
         """
-        down, column = walk(index, self.tiles[0], self.plan.across)
-        real = self.group[down] < self.plan.groups
-        return down, column * self.plan.width, jnp.where(real, self.plan.steps, 0)
+        number, column = walk(index, self.down, self.plan.across)
+        group, start, count = place(self.schedule, number, self.plan.tiles.rows)
+        steps = jnp.where(group < self.plan.groups, self.plan.steps, 0)
+        return group, start, count, column * self.plan.width, steps
 
     def copy_tile(self, index, step):
+        """Copies in what a tile needs; returns the step after."""
         plan = self.plan
-        down, column, steps = self.place(index)
-        rows = pl.ds(self.start[down], plan.tiles.rows)
-        columns = pl.ds(column, plan.width)
-        group = self.group[down]
+        group, start, _, column, steps = self.place(index)
+        rows, columns = pl.ds(start, plan.tiles.rows), pl.ds(column, plan.width)
 
         def load(x, ws, number, step):
             slot = self.ring.to_fill(step)
@@ -371,11 +375,10 @@ class _Rows:
 
     def multiply_tile(self, index, step):
         plan, half = self.plan, self.plan.tiles.half
-        down, column, steps = self.place(index)
+        _, start, count, column, steps = self.place(index)
         steps = steps * plan.lhs
         above = lax.axis_index("warpgroup") * half
-        start = self.start[down] + above
-        count = jnp.clip(self.count[down] - above, 0, half)
+        start, count = start + above, jnp.clip(count - above, 0, half)
 
         def multiply(acc, _, slot):
             w = self.w_in.at[slot]

@@ -79,14 +79,17 @@ def weight_tiles(outer: int, inner: int) -> Tiles:
 
 
 class Schedule(NamedTuple):
-    """Tiles of rows, in the order of rows. Those of the surplus rows come last, and
-    belong to group G.
+    """Which rows are whose, of tiles in the order of rows. Those of the surplus rows
+    come last, and belong to group G. `place` says the rest: as little as that is, it
+    would be two more kernels.
     """
 
     group: Int[Array, " T"]
-    start: Int[Array, " T"]  # first row
-    count: Int[Array, " T"]  # rows that are the group's, from the first on
-    tiles: Int[Array, " 1"]  # how many there are
+    first: Int[Array, " T"]  # the number of the group's first tile
+    begin: Int[Array, " T"]  # the group's first row
+    end: Int[Array, " T"]  # and the row after its last
+    ends: Int[Array, " G"]
+    tile_ends: Int[Array, " G"]
 
 
 def schedule(sizes_G: Int[Array, " G"], rows: int, tile: int) -> Schedule:
@@ -95,21 +98,30 @@ def schedule(sizes_G: Int[Array, " G"], rows: int, tile: int) -> Schedule:
     """
     groups = sizes_G.shape[0]
     ends_G = running_sum(sizes_G)
-    counts_G = -(-sizes_G.astype(jnp.int32) // tile)
-    tile_ends_G = running_sum(counts_G)
-    numbers_T1 = jnp.arange(rows // tile + groups + 1, dtype=jnp.int32)[:, None]
+    tile_ends_G = running_sum(-(-sizes_G // tile))
+    numbers_T1 = jnp.arange(rows // tile + groups + 1)[:, None]
     past_TG = tile_ends_G <= numbers_T1  # groups whose tiles all come before
-    first_T = jnp.where(past_TG, tile_ends_G, 0).max(1)
-    begin_T = jnp.where(past_TG, ends_G, 0).max(1)
-    end_T = jnp.where(past_TG, rows, ends_G).min(1)
-    start_T = begin_T + (numbers_T1[:, 0] - first_T) * tile
-    surplus = rows - ends_G[-1:]
     return Schedule(
         past_TG.sum(1, dtype=jnp.int32),
-        start_T,
-        jnp.clip(end_T - start_T, 0, tile),
-        tile_ends_G[-1:] - (-surplus // tile),
+        jnp.where(past_TG, tile_ends_G, 0).max(1),
+        jnp.where(past_TG, ends_G, 0).max(1),
+        jnp.where(past_TG, rows, ends_G).min(1),
+        ends_G,
+        tile_ends_G,
     )
+
+
+def tile_count(tiles: Schedule, rows: int, tile: int):
+    """How many tiles of rows there are; of arrays or of references to them."""
+    last = tiles.ends.shape[0] - 1
+    return tiles.tile_ends[last] + pl.cdiv(rows - tiles.ends[last], tile)
+
+
+def place(tiles: Schedule, number, tile: int):
+    """Group, first row, and how many rows from there on are the group's."""
+    start = tiles.begin[number] + (number - tiles.first[number]) * tile
+    count = jnp.clip(tiles.end[number] - start, 0, tile)
+    return tiles.group[number], start, count
 
 
 def running_sum(sizes_G: Int[Array, " G"]) -> Int[Array, " G"]:

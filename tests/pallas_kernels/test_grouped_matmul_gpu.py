@@ -15,8 +15,10 @@ import pytest
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     Tiles,
+    place,
     row_tiles,
     schedule,
+    tile_count,
     walk,
     weight_tiles,
 )
@@ -38,13 +40,13 @@ each_sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("tile", [128, 256])
 def test_every_row_is_in_one_tile(sizes, tile):
     tiles = schedule(jnp.asarray(sizes), M, tile)
-    group, start, count = map(np.asarray, tiles[:3])
     owner = np.full(M, -1)
-    for index in range(int(tiles.tiles[0])):
-        rows = slice(start[index], start[index] + count[index])
-        assert count[index] > 0
+    for number in range(int(tile_count(tiles, M, tile))):
+        group, start, count = place(tiles, number, tile)
+        rows = slice(int(start), int(start + count))
+        assert count > 0
         assert (owner[rows] == -1).all()
-        owner[rows] = group[index]
+        owner[rows] = group
     surplus = len(sizes), M - sum(sizes)
     expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
     np.testing.assert_array_equal(owner, expected)
