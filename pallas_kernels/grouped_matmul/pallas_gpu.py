@@ -147,6 +147,14 @@ class _Ring(NamedTuple):
 
         return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
+    def drain(self, steps) -> None:
+        """Waits until all buffers that were filled are empty."""
+
+        def one(step, _):
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.stages, 0), steps, one, None)
+
     def skip(self, steps, step) -> None:
         def one(_, step):
             self.filled(step)
@@ -156,34 +164,40 @@ class _Ring(NamedTuple):
         lax.fori_loop(0, steps, one, step)
 
 
-def _run(copy_tile: Callable, multiply_tile: Callable, tiles) -> None:
-    """What the three warpgroups of a block do; both functions take the number of one of
-    the block's tiles and the step it begins with, and return the next one's.
-    """
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    mine = lax.div(tiles - block + SMS - 1, SMS)
+def _run(block, tiles, blocks: int = 1) -> None:
+    """What the three warpgroups of a block do, if tiles are done by `blocks` at once."""
+    clusters = SMS // blocks
+    first, warpgroup = lax.axis_index("cluster"), lax.axis_index("warpgroup")
+    mine = lax.div(tiles - first + clusters - 1, clusters)
 
     def each(one_tile):
-        lax.fori_loop(0, mine, lambda i, step: one_tile(block + i * SMS, step), 0)
+        def one(number, step):
+            return one_tile(first + number * clusters, step)
+
+        return lax.fori_loop(0, mine, one, 0)
 
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        each(copy_tile)
+        steps = each(block.copy_tile)
+        if blocks > 1:  # none may end while the other's signals are on their way
+            block.ring.drain(steps)
 
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        each(multiply_tile)
+        each(block.multiply_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _call(kernel: Callable, outputs: list, *operands: Array) -> list[Array]:
+def _call(kernel: Callable, outputs: list, *operands: Array, blocks: int = 1):
     return plgpu.kernel(
         kernel,
         out_type=outputs,
-        grid=(SMS,),
-        grid_names=("block",),
+        grid=(SMS // blocks,),
+        grid_names=("cluster",),
+        cluster=(blocks,),
+        cluster_names=("pair",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -260,7 +274,9 @@ class _RowsPlan:
 
     @property
     def across(self) -> int:
-        return pl.cdiv(self.outer, self.width)
+        """Tiles, of clusters, in a row of them."""
+        blocks = 2 if self.tiles.pair == "columns" else 1
+        return pl.cdiv(self.outer, self.width * blocks)
 
     @property
     def steps(self) -> int:
@@ -296,10 +312,14 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
         scales = (jnp.pad(scale.astype(jnp.float32), (0, more)),)
     out = jax.ShapeDtypeStruct((M, outer), dtype)
 
+    empty = plgpu.Barrier
+    if tiles.pair:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
+
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
-            _run(block.copy_tile, block.multiply_tile, block.down * plan.across)
+            _run(block, block.down * plan.across, tiles.blocks)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
@@ -310,12 +330,12 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
             _smem(lines, dtype),
             _smem_of_any_row((2, tiles.leaving, CHUNK_ROWS, plan.chunk), dtype),
             plgpu.Barrier(num_arrivals=1 + plan.parts, num_barriers=tiles.stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+            empty(num_arrivals=2, num_barriers=tiles.stages),
             collective_axes="warpgroup",
         )
 
-    operands = (*schedule(sizes, M, tiles.rows), *xs, *ws, *scales)
-    outputs = _call(kernel, [out] * plan.outputs, *operands)
+    operands = (*schedule(sizes, M, tiles.all_rows), *xs, *ws, *scales)
+    outputs = _call(kernel, [out] * plan.outputs, *operands, blocks=tiles.blocks)
     return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
 
 
@@ -326,7 +346,7 @@ class _Rows:
         self.plan = plan
         fields = len(Schedule._fields)
         self.schedule = Schedule(*refs[:fields])
-        self.down = tile_count(self.schedule, plan.M, plan.tiles.rows)
+        self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
         refs, self.ys = refs[fields : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
         self.ws, self.scales = refs[: plan.matrices], refs[plan.matrices :]
@@ -339,8 +359,14 @@ class _Rows:
         """Group, first row, rows of the group, first column, and how often to multiply
         with each matrix: never for surplus rows, which so get zeros.
         """
+        tiles = self.plan.tiles
         number, column = walk(index, self.down, self.plan.across)
-        group, start, count = place(self.schedule, number, self.plan.tiles.rows)
+        group, start, count = place(self.schedule, number, tiles.all_rows)
+        if tiles.pair == "rows":
+            above = lax.axis_index("pair") * tiles.rows
+            start, count = start + above, count - above
+        elif tiles.pair == "columns":
+            column = column * 2 + lax.axis_index("pair")
         steps = jnp.where(group < self.plan.groups, self.plan.steps, 0)
         return group, start, count, column * self.plan.width, steps
 
@@ -350,12 +376,17 @@ class _Rows:
         group, start, _, column, steps = self.place(index)
         rows, columns = pl.ds(start, plan.tiles.rows), pl.ds(column, plan.width)
 
+        def shared(split: str):
+            return ("pair",) if plan.tiles.pair == split else None
+
         def load(x, ws, number, step):
             slot = self.ring.to_fill(step)
             full = self.ring.full.at[slot]
             inner = pl.ds(number * LINE, LINE)
             landing = self.x_landing.at[slot]
-            plgpu.copy_gmem_to_smem(x.at[rows, inner], landing, full)
+            plgpu.copy_gmem_to_smem(
+                x.at[rows, inner], landing, full, collective_axes=shared("columns")
+            )
             for part, w in enumerate(ws):
                 here = pl.ds(part * plan.width, plan.width)
                 if plan.turned:
@@ -365,7 +396,9 @@ class _Rows:
                         w.at[group, inner, columns],
                         self.w_in.at[slot, :, here],
                     )
-                plgpu.copy_gmem_to_smem(w, landing, full)
+                plgpu.copy_gmem_to_smem(
+                    w, landing, full, collective_axes=shared("rows")
+                )
             return step + 1
 
         for number, x in enumerate(self.xs):
@@ -489,7 +522,7 @@ def weight_gradient(
     def kernel(*refs):
         def scope(*buffers):
             block = _Weights(tiles, refs, *buffers)
-            _run(block.copy_tile, block.multiply_tile, groups * block.tiles_each)
+            _run(block, groups * block.tiles_each)
 
         pl.run_scoped(
             scope,

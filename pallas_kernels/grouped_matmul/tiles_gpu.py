@@ -24,6 +24,17 @@ class Tiles(NamedTuple):
     columns: int
     stages: int = 4  # buffers of operands
     leaving: int = 2  # buffers of results, a warpgroup
+    pair: str = ""  # what a cluster of two blocks splits: "rows", "columns" or nothing
+
+    @property
+    def blocks(self) -> int:
+        """In a cluster."""
+        return 2 if self.pair else 1
+
+    @property
+    def all_rows(self) -> int:
+        """Of a cluster's tile."""
+        return self.rows * (2 if self.pair == "rows" else 1)
 
     @property
     def half(self) -> int:
