@@ -21,7 +21,13 @@ from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 
 _KEPT, _INPUT = "kept", "layer input"
-COPIES = ("convert_element_type", "optimization_barrier", "reshard", "all_gather")
+COPIES = (
+    "convert_element_type",
+    "optimization_barrier",
+    "reshard",
+    "all_gather",
+    "split",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
