@@ -21,7 +21,13 @@ from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 
 _KEPT, _INPUT = "kept", "layer input"
-COPIES = ("convert_element_type", "optimization_barrier", "reshard", "all_gather")
+COPIES = (
+    "convert_element_type",
+    "optimization_barrier",
+    "reshard",
+    "all_gather",
+    "split",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,10 @@ class Remat(enum.Enum):
     V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
 
     def wrap(self, layer: Callable) -> Callable:
-        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows."""
+        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows. Where
+        several layers are one body, the compiler may see that what would be computed
+        again is at hand, and keep it.
+        """
         policies = jax.checkpoint_policies
         match self:
             case Remat.NONE:
