@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 SMS = 132  # of an H100 or H200: blocks of the grid
+SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
 
 
@@ -62,21 +63,27 @@ def _is_hopper() -> bool:
     return jax.devices()[0].compute_capability.startswith("9.")
 
 
-def row_tiles(outer: int, *, turned: bool, apart: int = 1) -> Tiles:
+def row_tiles(
+    rows: int, groups: int, outer: int, *, turned: bool, parts: int = 1
+) -> Tiles:
     """For products of rows: those that multiply the fewest columns in vain. Matrices
     whose columns are contiguous (not `turned`) come in whole lines.
+
+    Two blocks read a matrix together where groups are so small that reading is all, or
+    so large that few tiles are not full; all its columns at once where they are small.
     """
-    unit = 32 if turned else LINE
-    candidates = [Tiles(128, 256), Tiles(256, 128)]
-    if turned:
-        candidates.insert(1, Tiles(128, 224))
-    wide = [t for t in candidates if t.columns // apart % unit == 0]
+    candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
+    unit = LINE // 2 if turned else LINE
+    whole = [t for t in candidates if t.columns // parts % unit == 0]
 
     def multiplied(tiles: Tiles) -> int:
-        width = tiles.columns // apart
+        width = tiles.columns // parts
         return pl.cdiv(outer, width) * width
 
-    return min(wide, key=multiplied)
+    best = min(whole, key=multiplied)
+    small, large = rows < SMALL * groups, rows >= LARGE * groups
+    pair = "rows" if best.rows == 128 and (small or large) else ""
+    return best._replace(pair=pair, band=16 if small else 8)
 
 
 def weight_tiles(outer: int, inner: int) -> Tiles:

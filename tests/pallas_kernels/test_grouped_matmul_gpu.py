@@ -14,7 +14,6 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiles_gpu import (
-    Tiles,
     by_size,
     place,
     row_tiles,
@@ -74,13 +73,22 @@ def test_a_walk_meets_every_tile_once(down, across):
 
 
 def test_tiles_multiply_few_columns_in_vain():
-    assert row_tiles(4096, turned=True)[:2] == (128, 256)
-    assert row_tiles(896, turned=True)[:2] == (128, 224)
-    assert row_tiles(896, turned=False)[:2] == (256, 128)
-    assert row_tiles(896, turned=True, apart=2)[:2] == (128, 256)
+    def sizes(outer, **options):
+        return row_tiles(32768, 64, outer, **options)[:2]
+
+    assert sizes(4096, turned=True) == (128, 256)
+    assert sizes(896, turned=True) == (128, 224)
+    assert sizes(896, turned=False) == (256, 128)
+    assert sizes(896, turned=True, parts=2) == (128, 256)
     assert weight_tiles(896, 1280)[:2] == (128, 256)
     assert weight_tiles(1280, 896)[:2] == (256, 128)
-    assert Tiles(256, 128).half == 128
+
+
+def test_blocks_share_matrices_of_small_and_of_large_groups():
+    pairs = [
+        row_tiles(rows, 64, 512, turned=True).pair for rows in (2**13, 2**15, 2**17)
+    ]
+    assert pairs == ["rows", "", "rows"]
 
 
 def test_what_it_does_not_take_is_said():
