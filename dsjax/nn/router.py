@@ -53,8 +53,8 @@ class Router(nnx.Module):
         self.weight_ED = build.weight(shape, sharding.router_ED)
         if config.selection_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
-            spec, storage = sharding.router_bias_E, sharding.storage
-            self.bias_E = RouterBias(zeros, spec=spec, storage=storage)
+            metadata = build.metadata(sharding.router_bias_E)
+            self.bias_E = RouterBias(zeros, **metadata)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: kv.Context) -> Routing:
         """The routing of every token."""

@@ -81,7 +81,8 @@ class Transformer(nnx.Module):
         )
         self.embedding_VD = build.weight((V, D), sharding.embedding_VD)
         self.segments = nnx.List(
-            _stack(config, segment, build) for segment in config.segments
+            _stack(config, segment, replace(build, looped=segment.count > unroll))
+            for segment in config.segments
         )
         self.final_norm = RmsNorm(D, eps=config.norm_eps, build=build)
         if not config.tied_embeddings:
