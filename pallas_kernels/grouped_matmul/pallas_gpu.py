@@ -27,13 +27,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LINE,
     SMS,
+    Groups,
     Schedule,
     Tiles,
+    by_size,
     place,
     row_tiles,
-    running_sum,
     schedule,
-    tile_count,
+    tile_counts,
     walk,
     weight_tiles,
 )
@@ -99,6 +100,8 @@ class _Ring(NamedTuple):
     stages: int
     full: Ref
     free: Ref
+    late: Ref
+    lag: int
 
     def slot(self, step):
         return lax.rem(step, self.stages)
@@ -126,6 +129,12 @@ class _Ring(NamedTuple):
         """
 
         def one(acc, number, step):
+            if self.lag:
+
+                @pl.when((step == self.lag) & (lax.axis_index("warpgroup") == 0))
+                def _():
+                    plgpu.barrier_arrive(self.late)
+
             multiply(acc, number, self.filled(step))
             plgpu.wgmma_wait(1)
 
@@ -167,14 +176,20 @@ class _Ring(NamedTuple):
 def _run(block, tiles, blocks: int = 1) -> None:
     """What the three warpgroups of a block do, if tiles are done by `blocks` at once."""
     clusters = SMS // blocks
-    first, warpgroup = lax.axis_index("cluster"), lax.axis_index("warpgroup")
-    mine = lax.div(tiles - first + clusters - 1, clusters)
+    cluster, warpgroup = lax.axis_index("cluster"), lax.axis_index("warpgroup")
+    waves = lax.div(tiles, clusters)  # all of them whole
+
+    def index(wave):
+        """Back and forth: tiles get smaller."""
+        turned = clusters - 1 - cluster
+        return wave * clusters + jnp.where(lax.rem(wave, 2) == 0, cluster, turned)
 
     def each(one_tile):
-        def one(number, step):
-            return one_tile(first + number * clusters, step)
+        def one(wave, step):
+            return one_tile(index(wave), step)
 
-        return lax.fori_loop(0, mine, one, 0)
+        more = (index(waves) < tiles).astype(jnp.int32)
+        return lax.fori_loop(0, waves + more, one, 0)
 
     @pl.when(warpgroup == 2)
     def _():
@@ -186,7 +201,20 @@ def _run(block, tiles, blocks: int = 1) -> None:
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        each(block.multiply_tile)
+        lag = block.ring.lag
+        if lag:
+
+            @pl.when(warpgroup == 1)
+            def _():
+                plgpu.barrier_wait(block.ring.late)
+
+        steps = each(block.multiply_tile)
+        if lag:
+
+            @pl.when((warpgroup == 0) & (steps <= lag))
+            def _():
+                plgpu.barrier_arrive(block.ring.late)
+
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -236,15 +264,18 @@ def _smem(shape: tuple[int, ...], dtype):
     return plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype, shape[-1])[0])
 
 
-def _smem_of_any_row(shape: tuple[int, ...], dtype):
-    """Two views of the same memory: tiled, whose copies must start at every eighth row
-    of an array, and flat, which is one line wide and whose copies need not.
+def _smem_of_any_row(shape: tuple[int, ...], dtype, *widths: int):
+    """Two views of the same memory for each width: tiled, whose copies must start at
+    every eighth row of an array, and flat, which is a line wide and whose copies need
+    not. Narrower views are higher: all are of the same bytes.
     """
-    tiled, flat = _swizzled(dtype, shape[-1])
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=tiled),
-        plgpu.SMEM(shape, dtype, transforms=flat),
-    )
+    *batch, rows = shape
+    views = [
+        plgpu.SMEM((*batch, rows * LINE // width, width), dtype, transforms=transforms)
+        for width in widths
+        for transforms in _swizzled(dtype, width)
+    ]
+    return plgpu.RefUnion(*views)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,11 +317,6 @@ class _RowsPlan:
     def outputs(self) -> int:
         return 1 if self.scaled else self.parts
 
-    @property
-    def chunk(self) -> int:
-        """Columns that are stored at once."""
-        return LINE if self.width % LINE == 0 else LINE // 2
-
 
 def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]:
     """Sum over i of xs[i] [M, I] times ws[i][g], [O, I] if `turned` else [I, O]; of a
@@ -319,22 +345,28 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
-            _run(block, block.down * plan.across, tiles.blocks)
+            _run(block, sum(block.down) * plan.across, tiles.blocks)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
             lines = (tiles.stages, LINE, tiles.columns)
         pl.run_scoped(
             scope,
-            _smem_of_any_row((tiles.stages, tiles.rows, LINE), dtype),
+            _smem_of_any_row((tiles.stages, tiles.rows), dtype, LINE),
             _smem(lines, dtype),
-            _smem_of_any_row((2, tiles.leaving, CHUNK_ROWS, plan.chunk), dtype),
+            _smem_of_any_row((2, tiles.leaving, CHUNK_ROWS), dtype, LINE, LINE // 2),
             plgpu.Barrier(num_arrivals=1 + plan.parts, num_barriers=tiles.stages),
             empty(num_arrivals=2, num_barriers=tiles.stages),
+            plgpu.Barrier(),
             collective_axes="warpgroup",
         )
 
-    operands = (*schedule(sizes, M, tiles.all_rows), *xs, *ws, *scales)
+    operands = (
+        *schedule(sizes, M, tiles.all_rows, tiles.all_rows // 2 * tiles.sort),
+        *xs,
+        *ws,
+        *scales,
+    )
     outputs = _call(kernel, [out] * plan.outputs, *operands, blocks=tiles.blocks)
     return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
 
@@ -342,25 +374,33 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
 class _Rows:
     """One block of the kernel of rows."""
 
-    def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
+    def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free, late):
         self.plan = plan
         fields = len(Schedule._fields)
         self.schedule = Schedule(*refs[:fields])
-        self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
+        self.down = tile_counts(self.schedule, plan.M, plan.tiles.all_rows)
         refs, self.ys = refs[fields : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
         self.ws, self.scales = refs[: plan.matrices], refs[plan.matrices :]
         self.x_in, self.x_landing = x_in
         self.w_in = w_in
-        self.out, self.out_leaving = out
-        self.ring = _Ring(plan.tiles.stages, full, free)
+        narrow = [view.at[:, :, :CHUNK_ROWS] for view in out[2:]]
+        self.out = {LINE: out[:2], LINE // 2: narrow}
+        self.ring = _Ring(plan.tiles.stages, full, free, late, plan.tiles.lag)
 
     def place(self, index):
         """Group, first row, rows of the group, first column, and how often to multiply
         with each matrix: never for surplus rows, which so get zeros.
         """
         tiles = self.plan.tiles
-        number, column = walk(index, self.down, self.plan.across)
+        (tall, short), across = self.down, self.plan.across
+        late = index >= tall * across
+        number, column = walk(
+            jnp.where(late, index - tall * across, index),
+            jnp.where(late, short, tall),
+            across,
+        )
+        number = jnp.where(late, number + tall, number)
         group, start, count = place(self.schedule, number, tiles.all_rows)
         if tiles.pair == "rows":
             above = lax.axis_index("pair") * tiles.rows
@@ -379,7 +419,19 @@ class _Rows:
         def shared(split: str):
             return ("pair",) if plan.tiles.pair == split else None
 
+        def fetch(w, number):
+            inner = pl.ds((number + plan.tiles.ahead) * LINE, plan.tiles.ahead * LINE)
+            here = (columns, inner) if plan.turned else (inner, columns)
+            plgpu.async_prefetch(w.at[(group, *here)])
+
         def load(x, ws, number, step):
+            if plan.tiles.ahead:
+
+                @pl.when(lax.rem(number, plan.tiles.ahead) == 0)
+                def _():
+                    for w in ws:
+                        fetch(w, number)
+
             slot = self.ring.to_fill(step)
             full = self.ring.full.at[slot]
             inner = pl.ds(number * LINE, LINE)
@@ -434,26 +486,31 @@ class _Rows:
         plan = self.plan
         for part, y in enumerate(self.ys):
             here = total[:, part * plan.width : (part + 1) * plan.width]
-            for number, (r, c) in enumerate(_chunks(*here.shape, plan.chunk)):
-                rows, columns = slice(r, r + CHUNK_ROWS), slice(c, c + plan.chunk)
+            for number, (r, c, width) in enumerate(_chunks(*here.shape, LINE)):
+                rows, columns = slice(r, r + CHUNK_ROWS), slice(c, c + width)
                 chunk = here[rows, columns]
                 if plan.scaled:
-                    lifted = total[rows, plan.width + c : plan.width + c + plan.chunk]
+                    lifted = total[rows, plan.width + c : plan.width + c + width]
                     chunk = _swiglu(chunk, lifted, self.scales[0], start + r)
-                slot = _to_leave(chunk.astype(plan.dtype), self.out, number)
+                tiled, flat = self.out[width]
+                slot = _to_leave(chunk.astype(plan.dtype), tiled, number)
                 _copy_rows(
-                    self.out_leaving.at[slot],
-                    y.at[:, pl.ds(column + c, plan.chunk)],
+                    flat.at[slot],
+                    y.at[:, pl.ds(column + c, width)],
                     start + r,
                     jnp.clip(count - r, 0, CHUNK_ROWS),
                 )
                 plgpu.commit_smem_to_gmem_group()
 
 
-def _chunks(rows: int, columns: int, width: int) -> list[tuple[int, int]]:
-    """Where the pieces of a tile begin that are stored one after the other."""
+def _chunks(rows: int, columns: int, width: int) -> list[tuple[int, int, int]]:
+    """Where the pieces of a tile begin that are stored one after the other, and how wide
+    they are.
+    """
     return [
-        (r, c) for r in range(0, rows, CHUNK_ROWS) for c in range(0, columns, width)
+        (r, c, min(width, columns - c))
+        for r in range(0, rows, CHUNK_ROWS)
+        for c in range(0, columns, width)
     ]
 
 
@@ -512,7 +569,6 @@ def weight_gradient(
     dy_MO, x_MI = _padded(dy_MO, ALIGN, LINE), _padded(x_MI, ALIGN, LINE)
     outer, inner, groups = dy_MO.shape[1], x_MI.shape[1], sizes_G.shape[0]
     tiles = tiles or weight_tiles(outer, inner)
-    ends_G = running_sum(sizes_G)
     stages, leaving, chunk = (
         tiles.stages,
         tiles.leaving,
@@ -531,13 +587,13 @@ def weight_gradient(
             _smem((2, leaving, CHUNK_ROWS, chunk), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2),
             collective_axes="warpgroup",
         )
 
     out = jax.ShapeDtypeStruct((groups, outer, inner), dtype)
-    begins_G = ends_G - sizes_G.astype(jnp.int32)
-    dw_GOI = _call(kernel, [out], begins_G, ends_G, dy_MO, x_MI)[0]
+    dw_GOI = _call(kernel, [out], *by_size(sizes_G), dy_MO, x_MI)[0]
     return dw_GOI[:, : wanted[0], : wanted[1]]
 
 
@@ -547,11 +603,12 @@ class _Weights:
     that a swizzled tile can start at.
     """
 
-    def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, masked):
+    def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, late, masked):
         self.tiles = tiles
-        self.begin, self.end, self.dy, self.x, self.dw = refs
+        self.groups = Groups(*refs[:-3])
+        self.dy, self.x, self.dw = refs[-3:]
         self.dy_in, self.x_in, self.out, self.masked = dy_in, x_in, out, masked
-        self.ring = _Ring(tiles.stages, full, free)
+        self.ring = _Ring(tiles.stages, full, free, late, tiles.lag)
         groups, outer, inner = self.dw.shape
         self.last = groups - 1
         self.down, self.across = (
@@ -561,14 +618,15 @@ class _Weights:
         self.tiles_each = self.down * self.across
 
     def place(self, index):
-        """Group, tile in its matrix, first row of the first step, and steps."""
-        group = lax.div(index, self.tiles_each)
-        down, across = walk(index - group * self.tiles_each, self.down, self.across)
-        begin, end = self.begin[group], self.end[group]
+        """Rank of the group, tile in its matrix, first row of the first step, and steps."""
+        rank = lax.div(index, self.tiles_each)
+        down, across = walk(index - rank * self.tiles_each, self.down, self.across)
+        begin, end = self.groups.begin[rank], self.groups.end[rank]
         start = lax.div(begin, ALIGN) * ALIGN
         steps = lax.div(end - start + LINE - 1, LINE)
         steps = jnp.where(end > begin, steps, 0)
-        return group, down * self.tiles.rows, across * self.tiles.columns, start, steps
+        o, i = down * self.tiles.rows, across * self.tiles.columns
+        return rank, o, i, start, steps
 
     def copy_tile(self, index, step):
         _, o, i, start, steps = self.place(index)
@@ -586,9 +644,10 @@ class _Weights:
         return lax.fori_loop(0, steps, load, step)
 
     def multiply_tile(self, index, step):
-        group, o, i, start, steps = self.place(index)
+        rank, o, i, start, steps = self.place(index)
         tiles, warpgroup = self.tiles, lax.axis_index("warpgroup")
-        begin, end, all_rows = self.begin[group], self.end[group], self.end[self.last]
+        begin, end = self.groups.begin[rank], self.groups.end[rank]
+        all_rows = self.groups.ends[self.last]
         mine = pl.ds(warpgroup * tiles.half, tiles.half)
         half_x = pl.ds(warpgroup * (tiles.columns // 2), tiles.columns // 2)
 
@@ -611,12 +670,12 @@ class _Weights:
 
         shape = tiles.half, tiles.columns
         total = self.ring.sum_up(multiply, steps, step, shape)
-        self.store(total, group, o + warpgroup * tiles.half, i)
+        self.store(total, self.groups.group[rank], o + warpgroup * tiles.half, i)
         return step + steps
 
     def store(self, total, group, o, i) -> None:
         width = self.out.shape[-1]
-        for number, (r, c) in enumerate(_chunks(*total.shape, width)):
+        for number, (r, c, _) in enumerate(_chunks(*total.shape, width)):
             chunk = total[r : r + CHUNK_ROWS, c : c + width]
             slot = _to_leave(chunk.astype(self.dw.dtype), self.out, number)
             here = pl.ds(o + r, CHUNK_ROWS), pl.ds(i + c, width)

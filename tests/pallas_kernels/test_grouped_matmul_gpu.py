@@ -15,10 +15,11 @@ import pytest
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     Tiles,
+    by_size,
     place,
     row_tiles,
     schedule,
-    tile_count,
+    tile_counts,
     walk,
     weight_tiles,
 )
@@ -37,19 +38,30 @@ each_sizes = pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 
 
 @each_sizes
-@pytest.mark.parametrize("tile", [128, 256])
-def test_every_row_is_in_one_tile(sizes, tile):
-    tiles = schedule(jnp.asarray(sizes), M, tile)
+@pytest.mark.parametrize(("tile", "short"), [(128, 0), (128, 64), (256, 128)])
+def test_every_row_is_in_one_tile(sizes, tile, short):
+    tiles = schedule(jnp.asarray(sizes), M, tile, short)
+    tall, others = map(int, tile_counts(tiles, M, tile))
     owner = np.full(M, -1)
-    for number in range(int(tile_count(tiles, M, tile))):
+    for number in range(tall + others):
         group, start, count = place(tiles, number, tile)
         rows = slice(int(start), int(start + count))
-        assert count > 0
+        assert (count > short) if number < tall else count > 0
         assert (owner[rows] == -1).all()
         owner[rows] = group
     surplus = len(sizes), M - sum(sizes)
     expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
     np.testing.assert_array_equal(owner, expected)
+
+
+@each_sizes
+def test_groups_come_by_their_sizes(sizes):
+    groups = by_size(jnp.asarray(sizes))
+    order = sorted(range(len(sizes)), key=lambda group: -sizes[group])
+    ends = np.cumsum(sizes)
+    np.testing.assert_array_equal(groups.group, order)
+    np.testing.assert_array_equal(groups.end, ends[order])
+    np.testing.assert_array_equal(groups.begin, (ends - sizes)[order])
 
 
 @pytest.mark.parametrize("down", [1, 5, 40])
