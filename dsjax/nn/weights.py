@@ -61,7 +61,7 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     return array
 
 
-def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
+def cast(weight: nnx.Variable | Array, dtype: DTypeLike) -> Array:
     """The weight in the compute dtype, as it rests."""
     array = weight[...]
     if array.dtype == dtype:

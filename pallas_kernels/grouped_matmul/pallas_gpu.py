@@ -25,6 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul.layers import Matrices
+
 SMS = 132  # of an H100 or H200
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 ALIGN = 8  # rows of a swizzled tile
@@ -39,7 +41,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def supports(x_MK: Array, w_GNK: Array) -> bool:
+def supports(x_MK: Array, w_GNK: Matrices) -> bool:
     """Whether the kernels take these operands: bfloat16, sizes that 128 divides."""
     _, N, K = w_GNK.shape
     fits = (

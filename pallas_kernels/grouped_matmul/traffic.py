@@ -62,9 +62,10 @@ def rows_traffic(
         jnp.asarray(sizes), rows=rows, tile=tiles.rows, empty=False
     )
     shape = (out, contracted) if turned else (contracted, out)
-    shapes = ((rows, contracted), (len(sizes), *shape), (rows, 1), (rows, out))
+    shapes = ((rows, contracted), (1, len(sizes), *shape), (rows, 1), (rows, out))
     grid = (pl.cdiv(out, tiles.columns), int(count))
-    moved = _moved(grid, rows_specs(tiles, contracted, turned=turned), visits, shapes)
+    specs, layer = rows_specs(tiles, contracted, turned=turned), jnp.zeros(1, int)
+    moved = _moved(grid, specs, (*visits, layer), shapes)
     held, real = np.count_nonzero(sizes), sum(sizes)
     needed = (real * contracted, held * contracted * out, real, rows * out)
     flops = 2 * has.matrices * contracted * out
@@ -116,17 +117,17 @@ def _rows_multiplied(visits, count: int) -> int:
     return int(chunks.sum()) * CHUNK
 
 
-def _moved(grid, specs, visits, shapes) -> list[int]:
+def _moved(grid, specs, prefetched, shapes) -> list[int]:
     """Elements of every operand that the steps of the grid copy: a block is copied when
     it is another than the step's before. What lies past the end of an array is not.
     """
-    visits = [np.asarray(array) for array in visits]
+    prefetched = [np.asarray(array) for array in prefetched]
     steps = list(itertools.product(*map(range, grid)))
     totals = []
     for spec, shape in zip(specs, shapes):
         total, before = 0, None
         for step in steps:
-            index = tuple(int(i) for i in spec.index_map(*step, *visits))
+            index = tuple(int(i) for i in spec.index_map(*step, *prefetched))
             if index != before:
                 total += _block(index, spec.block_shape, shape)
             before = index
