@@ -62,8 +62,12 @@ class Remat(enum.Enum):
     OFFLOAD = "offload"  # the same, and that input waits in the host's memory
     V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
 
-    def wrap(self, layer: Callable) -> Callable:
-        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows."""
+    def wrap(self, layer: Callable, *, unrolled: bool = False) -> Callable:
+        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows.
+
+        `unrolled`: several layers are one body of the loop. Then the compiler would see
+        that what is computed again is at hand, and keep it.
+        """
         policies = jax.checkpoint_policies
         match self:
             case Remat.NONE:
@@ -80,7 +84,7 @@ class Remat(enum.Enum):
             case Remat.V3:
                 names = _KEPT, flash_attention.KEPT, grouped_matmul.KEPT
                 policy = policies.save_only_these_names(*names)
-        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)
 
 
 def _all_but_copies(primitive: Primitive, *_, **__) -> bool:

@@ -90,7 +90,7 @@ def route(
     if config.groups is not None:
         choice = _limit_to_groups(choice, config.groups)
     best = jax.lax.top_k(choice, config.mask_best + config.top_k)[1]
-    indices_BTk = best[..., config.mask_best :]
+    indices_BTk = keep(best[..., config.mask_best :])  # a sort is slow to do again
     weights_BTk = _pick(scores_BTE, indices_BTk)
     if config.renormalize:
         weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + 1e-20

@@ -48,8 +48,9 @@ class Transformer(nnx.Module):
     """A decoder of any published architecture.
 
     `precision` says which dtypes weights rest and compute in, `remat` what the backward
-    pass computes again, `slots` that routed experts may lie on the devices more than
-    once (`dsjax.load` places them). Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
+    pass computes again, `unroll` how many layers are one body of the loop over layers
+    (more take longer to compile, and copy less into the loop's arrays), `slots` that
+    routed experts may lie on the devices more than once (`dsjax.load` places them). Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Transformer(nnx.Module):
         sharding: Sharding | None = None,
         precision: Precision = FLOAT32,
         remat: Remat = Remat.NONE,
+        unroll: int = 1,
         slots: Slots | None = None,
     ):
-        self.config, self.precision, self.remat = config, precision, remat
+        self.config, self.precision = config, precision
+        self.remat, self.unroll = remat, unroll
         self.slots = slots
         self.mesh = make_mesh() if mesh is None else mesh
         self.sharding = sharding = Sharding() if sharding is None else sharding
@@ -258,7 +261,7 @@ class Transformer(nnx.Module):
         routings = []
         for number, segment in enumerate(self.segments):
             x_BTD, caches[number], routing = _scan(
-                segment, x_BTD, context, caches[number], self.remat
+                segment, x_BTD, context, caches[number], self.remat, self.unroll
             )
             routings.append(routing)
         if cache is not None:
@@ -284,8 +287,9 @@ def _scan(
     context: kv.Context,
     cache: kv.LayerCache | None,
     remat: Remat,
+    unroll: int,
 ) -> tuple[Array, kv.LayerCache | None, Routing | None]:
-    """Runs a stack's layers one after the other, as one compiled loop body.
+    """Runs a stack's layers one after the other, `unroll` of them a compiled loop body.
 
     The cache is carried, not scanned over, so that layers write into one buffer. With
     one, no gradient is to come: experts' weights are not scanned over either, which would
@@ -302,8 +306,10 @@ def _scan(
         x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 
+    layer = remat.wrap(layer, unrolled=unroll > 1)
+    inputs = state, jnp.arange(count)
     (x_BTD, cache), routing = jax.lax.scan(
-        remat.wrap(layer), (x_BTD, cache), (state, jnp.arange(count))
+        layer, (x_BTD, cache), inputs, unroll=min(unroll, count)
     )
     return x_BTD, cache, routing
 
