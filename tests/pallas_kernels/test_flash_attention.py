@@ -124,18 +124,28 @@ def test_cut_by_a_mesh(rng):
 
 
 @pytest.mark.parametrize("shape", [(1, 500, 2, 2, 24, 16), (1, 384, 2, 1, 192, 128)])
-@pytest.mark.parametrize("segments", [False, True])
-def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments):
-    """Blocks of 128 here, so that there are several of them to a side."""
+@pytest.mark.parametrize(
+    ("segments", "backward"),
+    [(False, ("fused",)), (True, ("fused",)), (True, ("dkv", "dq"))],
+)
+def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments, backward):
+    """Blocks of 128 here, so that there are several of them to a side; and the gradients
+    of the longest sequences, in two kernels.
+    """
     monkeypatch.setattr(pallas_tpu, "block_size", lambda *_: 128)
+    if backward != ("fused",):
+        monkeypatch.setattr(pallas_tpu, "MOST_PARTS_BYTES", 0)
     _, T, K, G, H, U = shape
     arrays = operands(rng, (*shape, segments), jnp.float32)
     with interpreted() as copies:
-        both_ways(*arrays, implementation="splash")
+        results = both_ways(*arrays, implementation="splash")
+    for got, wanted in zip(results, by_hand(*arrays)):
+        atol = 2e-5 * max(1, np.abs(wanted).max())
+        np.testing.assert_allclose(got, wanted, atol=atol)
     options = dict(heads=(K * G, K), sizes=(H, U), block=128, bytes_each=4)
     expected = [
         work.count(phase, length=-(-T // 128) * 128, segments=segments, **options).moved
-        for phase in ("fwd", "dkv")
+        for phase in ("fwd", *backward)
     ]
     for name in set().union(*expected):
         moved = sum(kernel.get(name, 0) for kernel in expected)
@@ -198,7 +208,7 @@ def kernels(jaxpr):
 
 
 def test_every_kernel_has_an_estimate(rng):
-    """Of V3's attention: forward, then all gradients, of half of the heads at a time."""
+    """Of V3's attention: forward, then all gradients, some heads at a time."""
     shapes = operands(rng, (1, 8, 1, 1, 192, 128, False), jnp.bfloat16)[:4]
     wide = [jax.ShapeDtypeStruct((2, 4096, 128, *x.shape[3:]), x.dtype) for x in shapes]
 
@@ -211,6 +221,18 @@ def test_every_kernel_has_an_estimate(rng):
     products = [192 + 128, (3 * 192 + 2 * 128) / 2]
     assert [cost.flops for cost in found] == [2 * visited * n for n in products]
     assert all(cost.bytes_accessed > 3 * 128 * 4096 * 128 * 2 for cost in found)
+
+
+@pytest.mark.parametrize(
+    ("length", "backward"), [(65_536, ["dkv"]), (131_072, ["dkv", "dq"])]
+)
+def test_the_longest_sequences_take_two_kernels(length, backward):
+    """Where a head's parts of the queries' gradient would be gigabytes."""
+    sizes = (1, 192), (192,), (128,), (1, 128)
+    arrays = [jax.ShapeDtypeStruct((1, length, 1, *size), "bfloat16") for size in sizes]
+    traced = jax.make_jaxpr(lambda *qkv: both_ways(*qkv, None))(*arrays)
+    names = {kernel.params["name"].split("_")[2] for kernel in kernels(traced.jaxpr)}
+    assert names == {"fwd", *backward}
 
 
 @pytest.mark.parametrize(
@@ -296,7 +318,8 @@ def compiles(topology, model, dtype):
     shapes = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
     shapes.append(jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None)
     text = compile_for_tpu(topology, both_ways, *shapes).as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    kernels = 2 if T <= 65_536 else 3
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
 
 
 @pytest.mark.parametrize(("topology", "model", "dtype"), SOME)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, pallas_tpu
 from pallas_kernels.grouped_matmul import tiles_tpu as tiles
 from pallas_kernels.grouped_matmul.api import KEPT
-from pallas_kernels.grouped_matmul.traffic import outer_traffic, rows_traffic
+from pallas_kernels.grouped_matmul.work import outer_work, rows_work
 from tests.pallas_kernels.aot import compile_for_tpu, tpu
 from tests.pallas_kernels.interpret import interpreted
 
@@ -83,7 +83,7 @@ def test_rows_move_what_the_table_says(rng, turned):
     x, w = arrays(rng, (ROWS, INNER), (len(SIZES), *shape))
     run = pallas_tpu.product if turned else pallas_tpu.row_gradient
     run = functools.partial(run, expected_rows=ROWS)
-    said = rows_traffic(SIZES, rows=ROWS, contracted=INNER, out=OUT, turned=turned)
+    said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT, turned=turned)
     expected = [said.moved[name] for name in ("x", "w", "y")]
     assert counted(run, x, w, jnp.asarray(SIZES)) == expected
 
@@ -91,7 +91,7 @@ def test_rows_move_what_the_table_says(rng, turned):
 def test_swiglu_moves_what_the_table_says(rng):
     x, gate, up = arrays(rng, (ROWS, INNER), *[(len(SIZES), OUT, INNER)] * 2)
     run = functools.partial(pallas_tpu.swiglu, expected_rows=ROWS)
-    said = rows_traffic(
+    said = rows_work(
         SIZES, rows=ROWS, contracted=INNER, out=OUT, has=tiles.SWIGLU
     ).moved
     got = counted(run, x, gate, up, jnp.ones(ROWS), jnp.asarray(SIZES))
@@ -105,7 +105,7 @@ def test_weight_gradient_moves_what_the_table_says(rng, dtype):
     dy, x = arrays(rng, (ROWS, OUT), (ROWS, INNER))
     run = functools.partial(pallas_tpu.weight_gradient, dtype=dtype, expected_rows=ROWS)
     bytes_each = jnp.dtype(dtype).itemsize
-    said = outer_traffic(SIZES, rows=ROWS, N=OUT, K=INNER, out_bytes=bytes_each)
+    said = outer_work(SIZES, rows=ROWS, N=OUT, K=INNER, out_bytes=bytes_each)
     expected = [said.moved[name] for name in ("dy", "x", "dw")]
     assert sorted(counted(run, dy, x, jnp.asarray(SIZES))) == sorted(expected)
 
@@ -135,7 +135,7 @@ def test_rows_multiply_what_the_table_says(rng, monkeypatch):
         if last > first:
             (together,) = set(y[tile * tiles.ROWS + first : tile * tiles.ROWS + last])
             total += together
-    said = rows_traffic(SIZES, rows=ROWS, contracted=INNER, out=OUT)
+    said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT)
     assert said.flops == 2 * total * INNER * OUT
     assert said.flops_needed == 2 * sum(SIZES) * INNER * OUT
 
@@ -147,12 +147,12 @@ def test_targets(rng, monkeypatch, D, F, kind):
     monkeypatch.setattr(tiles, "scoped_vmem", lambda: tiles.SCOPED_VMEM[kind])
     sizes = routed(rng, 8, 4096)
     products = [
-        rows_traffic(sizes, rows=4096, contracted=D, out=F),
-        rows_traffic(sizes, rows=4096, contracted=F, out=D, turned=False),
-        rows_traffic(sizes, rows=4096, contracted=D, out=F, has=tiles.SWIGLU),
+        rows_work(sizes, rows=4096, contracted=D, out=F),
+        rows_work(sizes, rows=4096, contracted=F, out=D, turned=False),
+        rows_work(sizes, rows=4096, contracted=D, out=F, has=tiles.SWIGLU),
     ]
     assert all(said.ratio("w") == 1 for said in products)
-    products.append(outer_traffic(sizes, rows=4096, N=F, K=D))
+    products.append(outer_work(sizes, rows=4096, N=F, K=D))
     assert products[-1].ratio("dw") == 1
     assert all(said.flops <= 1.15 * said.flops_needed for said in products)
 
@@ -162,7 +162,7 @@ def test_targets_of_decoding(rng, D, F):
     """Two rows a group: weights of groups that have rows, once; those of others never."""
     sizes = routed(rng, 256, 512)
     assert 0 in sizes
-    said = rows_traffic(sizes, rows=512, contracted=D, out=F)
+    said = rows_work(sizes, rows=512, contracted=D, out=F)
     assert said.ratio("w") == 1
     assert said.ratio() <= 1.05
 
