@@ -199,6 +199,43 @@ def test_swiglu_without_a_scale(rng):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("implementation", "w_dtype"),
+    [("tpu", jnp.float32), *((name, jnp.bfloat16) for name in IMPLEMENTATIONS)],
+)
+def test_one_layer_among_all(rng, implementation, w_dtype):
+    """As with that layer's matrices alone; the others may hold anything."""
+    x, gate, up, _, dh = swiglu_operands(rng, jnp.bfloat16)
+    gate, up = gate.astype(w_dtype), up.astype(w_dtype)
+    sizes = jnp.asarray(SIZES["uneven"])
+
+    def both_ways(x, gate, up, sizes, layer):
+        def call(x, gate, up):
+            options = {"layer": layer, "implementation": implementation}
+            h = grouped_swiglu(x, gate, up, sizes, **options)
+            return h, grouped_matmul(x, gate, sizes, **options)
+
+        y, back = jax.vjp(call, x, gate, up)
+        return y, back((dh, dh))
+
+    def among(w):
+        return jnp.full((3, *w.shape), jnp.nan, w.dtype).at[1].set(w)
+
+    call = jax.jit(both_ways)
+    expected, (dx, *dw) = run(call, implementation, x, gate, up, sizes, None)
+    got = run(call, implementation, x, among(gate), among(up), sizes, 1)
+    dw = (jnp.zeros((3, *w.shape), w.dtype).at[1].set(w) for w in dw)
+    jax.tree.map(np.testing.assert_array_equal, got, (expected, (dx, *dw)))
+
+
+def test_a_layer_outside_is_the_nearest(rng):
+    x, w, _ = operands(rng)
+    sizes, stack = jnp.asarray(SIZES["uneven"]), jnp.stack([w, 2 * w])
+    for layer, factor in [(-1, 1), (7, 2)]:
+        got = grouped_matmul(x, stack, sizes, layer=jnp.int32(layer))
+        np.testing.assert_allclose(got, factor * grouped_matmul(x, w, sizes))
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads XLA:CPU's program")
 def test_compiled_work_follows_the_rows():
     """At 64 experts: FLOPs of the loop body, times its blocks, against rows alone."""

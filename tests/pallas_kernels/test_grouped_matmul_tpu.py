@@ -88,6 +88,17 @@ def test_rows_move_what_the_table_says(rng, turned):
     assert counted(run, x, w, jnp.asarray(SIZES)) == expected
 
 
+def test_other_layers_are_never_read(rng):
+    x, w = arrays(rng, (ROWS, INNER), (3, len(SIZES), OUT, INNER))
+
+    def call(x, w, sizes):
+        return grouped_matmul(x, w, sizes, layer=1, implementation="tpu")
+
+    said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT)
+    expected = [said.moved[name] for name in ("x", "w", "y")]
+    assert counted(call, x, w, jnp.asarray(SIZES)) == expected
+
+
 def test_swiglu_moves_what_the_table_says(rng):
     x, gate, up = arrays(rng, (ROWS, INNER), *[(len(SIZES), OUT, INNER)] * 2)
     run = functools.partial(pallas_tpu.swiglu, expected_rows=ROWS)
@@ -248,6 +259,28 @@ def compile_decoding(chip, groups, rows, D, F):
     assert kernels(text) == 2
 
 
+def compile_layers(chip, groups, rows, D, F, layers=3):
+    """A scanned decode step: no layer's weights are cut out of the stack."""
+
+    def step(x, gate, up, down, sizes):
+        def layer(x, number):
+            h = grouped_swiglu(x, gate, up, sizes, layer=number)
+            return x + grouped_matmul(h, down, sizes, layer=number), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    shapes = [(layers, groups, F, D), (layers, groups, F, D), (layers, groups, D, F)]
+    weights = [spec(*shape) for shape in shapes]
+    text = compiled(chip, step, spec(rows, D), *weights, sizes_spec(groups))
+    assert kernels(text) == 2
+    assert f"bf16[{layers},{groups},{F},{D}]" in text
+    assert not re.findall(rf"\[(?:1,)?{groups},(?:{F},{D}|{D},{F})\]", text)
+
+
+def test_layers_are_read_where_they_lie():
+    compile_layers("v6e:2x2", 4, 4096, *MODELS["v3"])
+
+
 def test_compiles_for_a_v5p():
     compile_product("v5p:2x2x1", 8, 4096, *reversed(MODELS["v3"]))
 
@@ -297,7 +330,7 @@ DECODING = [(256, 512), (256, 8), (64, 6), (32, 4096), (4, 64)]
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", those_that_fit(TRAINING, 4), ids=str)
+@pytest.mark.parametrize("case", list(those_that_fit(TRAINING, 4)), ids=str)
 def test_compiles_for_training(case):
     chip, groups, rows, D, F = case
     for outer, inner in [(F, D), (D, F)]:
@@ -306,9 +339,17 @@ def test_compiles_for_training(case):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", those_that_fit(DECODING, 3), ids=str)
+@pytest.mark.parametrize("case", list(those_that_fit(DECODING, 3)), ids=str)
 def test_compiles_for_decoding(case):
     compile_decoding(*case)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("D", "F"), MODELS.values(), ids=MODELS)
+def test_layers_are_read_where_they_lie_anywhere(chip, D, F):
+    compile_layers(chip, 4, 4096, D, F)
+    compile_layers(chip, 16, 6, D, F)
 
 
 @pytest.mark.aot
