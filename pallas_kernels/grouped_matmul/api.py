@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import named
 from pallas_kernels.grouped_matmul.implementations import (
     IMPLEMENTATIONS,
     combine,
@@ -59,7 +60,7 @@ def grouped_matmul(
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
         NotImplementedError: "tpu" was named and does not take these operands.
     """
-    w = _of(w_GNK, layer)
+    w, implementation = _of(w_GNK, layer), named(implementation, "blocked")
     expected_rows = _check(x_MK, w, sizes_G, implementation, expected_rows)
     sizes_G = _within(sizes_G, x_MK.shape[0])
     return _product(x_MK, w, sizes_G, implementation, expected_rows)
@@ -85,6 +86,7 @@ def grouped_swiglu(
     kept, by the name KEPT, and the result is made from them.
     """
     gate, up = _of(gate_GFD, layer), _of(up_GFD, layer)
+    implementation = named(implementation, "blocked")
     expected_rows = _check(x_MD, gate, sizes_G, implementation, expected_rows)
     if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
         raise ValueError(
