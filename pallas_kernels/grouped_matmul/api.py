@@ -163,7 +163,7 @@ def _swiglu_backward(implementation, expected_rows, saved, dh):
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
-def _of(w: Array, layer: Array | int | None) -> Matrices:
+def _of(w: Array, layer: Array | int | None) -> Array | OfLayer:
     """The matrices meant: all that are given, or those of a layer."""
     if layer is None:
         return w

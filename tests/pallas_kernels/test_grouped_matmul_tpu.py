@@ -17,7 +17,7 @@ from pallas_kernels.grouped_matmul import tiles_tpu as tiles
 from pallas_kernels.grouped_matmul.api import KEPT
 from pallas_kernels.grouped_matmul.work import outer_work, rows_work
 from tests.pallas_kernels.aot import compile_for_tpu, tpu
-from tests.pallas_kernels.interpret import interpreted
+from tests.pallas_kernels.interpret import interpreted, pallas_calls
 
 MODELS = {"v3": (7168, 2048), "v2": (5120, 1536), "v2-lite": (2048, 1408)}  # D, F
 CHIPS = {
@@ -97,6 +97,22 @@ def test_other_layers_are_never_read(rng):
     said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT)
     expected = [said.moved[name] for name in ("x", "w", "y")]
     assert counted(call, x, w, jnp.asarray(SIZES)) == expected
+
+
+@pytest.mark.parametrize("sizes", [[0, 5, 0, 100, 7, 0], [0] * 6], ids=str)
+def test_nothing_is_read_for_surplus_rows(rng, sizes):
+    """Nor for empty groups: the one tile with rows, and the matrices of groups with any."""
+    x, w, dy = arrays(rng, (ROWS, INNER), (6, OUT, INNER), (ROWS, OUT))
+    run = functools.partial(pallas_tpu.product, expected_rows=ROWS)
+    x_bytes, w_bytes, _ = counted(run, x, w, jnp.asarray(sizes))
+    assert x_bytes == tiles.ROWS * INNER * 2
+    assert w_bytes == max(np.count_nonzero(sizes), 1) * OUT * INNER * 2
+    run = functools.partial(
+        pallas_tpu.weight_gradient, dtype=jnp.float32, expected_rows=ROWS
+    )
+    *read, written = sorted(counted(run, dy, x, jnp.asarray(sizes)))
+    assert read == [tiles.ROWS * INNER * 2, tiles.ROWS * OUT * 2]
+    assert written == 6 * OUT * INNER * 4
 
 
 def test_swiglu_moves_what_the_table_says(rng):
@@ -193,9 +209,13 @@ def test_cost_is_of_the_expected_rows():
         y, back = jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)
         return back(y)
 
-    jaxpr = str(jax.make_jaxpr(both_ways)(x, w, sizes))
-    flops = [int(n) for n in re.findall(r"CostEstimate\(flops=(\d+)", jaxpr)]
-    assert flops == [2 * 100 * 384 * 256] * 3
+    traced = jax.make_jaxpr(both_ways)(x, w, sizes)
+    costs = [kernel.params["cost_estimate"] for kernel in pallas_calls(traced.jaxpr)]
+    assert [cost.flops for cost in costs] == [2 * 100 * 384 * 256] * 3
+    # x may be read twice, for two tiles of columns.
+    rows, weights = 2 * 100 * (384 + 256), 2 * 4 * 384 * 256
+    for cost in costs:
+        assert rows + weights <= cost.bytes_accessed <= 2 * rows + weights
 
 
 def compiled(chip, call, *shapes):
