@@ -21,7 +21,13 @@ from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 
 _KEPT, _INPUT = "kept", "layer input"
-COPIES = ("convert_element_type", "optimization_barrier", "reshard", "all_gather")
+COPIES = (
+    "convert_element_type",
+    "optimization_barrier",
+    "reshard",
+    "all_gather",
+    "split",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +68,10 @@ class Remat(enum.Enum):
     OFFLOAD = "offload"  # the same, and that input waits in the host's memory
     V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
 
-    def wrap(self, layer: Callable, *, unrolled: bool = False) -> Callable:
-        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows.
-
-        `unrolled`: several layers are one body of the loop. Then the compiler would see
-        that what is computed again is at hand, and keep it.
+    def wrap(self, layer: Callable) -> Callable:
+        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows. Where
+        several layers are one body, the compiler may see that what would be computed
+        again is at hand, and keep it.
         """
         policies = jax.checkpoint_policies
         match self:
@@ -84,7 +89,7 @@ class Remat(enum.Enum):
             case Remat.V3:
                 names = _KEPT, flash_attention.KEPT, grouped_matmul.KEPT
                 policy = policies.save_only_these_names(*names)
-        return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)
+        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
 
 def _all_but_copies(primitive: Primitive, *_, **__) -> bool:

@@ -49,8 +49,9 @@ class Transformer(nnx.Module):
 
     `precision` says which dtypes weights rest and compute in, `remat` what the backward
     pass computes again, `unroll` how many layers are one body of the loop over layers
-    (more take longer to compile, and copy less into the loop's arrays), `slots` that
-    routed experts may lie on the devices more than once (`dsjax.load` places them). Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
+    (more are quicker, take longer to compile and keep more), `slots` that routed experts
+    may lie on the devices more than once (`dsjax.load` places them). Everything but
+    `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
     """
 
     def __init__(
@@ -306,10 +307,9 @@ def _scan(
         x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 
-    layer = remat.wrap(layer, unrolled=unroll > 1)
     inputs = state, jnp.arange(count)
     (x_BTD, cache), routing = jax.lax.scan(
-        layer, (x_BTD, cache), inputs, unroll=min(unroll, count)
+        remat.wrap(layer), (x_BTD, cache), inputs, unroll=min(unroll, count)
     )
     return x_BTD, cache, routing
 
