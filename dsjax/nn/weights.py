@@ -55,7 +55,7 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     return array
 
 
-def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
+def cast(weight: nnx.Variable | Array, dtype: DTypeLike) -> Array:
     """The weight in the compute dtype, as it rests."""
     array = weight[...]
     if array.dtype != dtype and weight.get_metadata("looped"):

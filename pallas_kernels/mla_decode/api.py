@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
+from pallas_kernels.dispatch import named, note_choice
 from pallas_kernels.mla_decode import pallas_tpu, reference
 
 IMPLEMENTATIONS = ("reference", "pallas_tpu")
@@ -127,7 +127,7 @@ def _choose(
     kernel: Callable,
 ) -> Callable:
     """What runs: the one that was named, else the kernel on TPUs unless it lacks."""
-    match implementation:
+    match named(implementation):
         case "reference":
             return plain
         case "pallas_tpu" if lacking:

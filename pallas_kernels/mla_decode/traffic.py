@@ -1,6 +1,6 @@
 """What the kernel of MLA decoding moves and computes at the published models' shapes.
 
-python -m pallas_kernels.mla_decode.bench
+python -m pallas_kernels.mla_decode.traffic
 """
 
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.mla_decode import work
 
 SIZES = (512, 64)  # latent and rotary part of V2-Lite, V2 and V3 alike
+CACHE = ("latent", "rope")
 CASES = {  # lengths of the rows, new tokens, heads of one device
     "V3, 8 rows of 8192": ([8192] * 8, 1, 128),
     "V3, 8 rows of 8192, 2 tokens": ([8192] * 8, 2, 128),
@@ -29,11 +30,11 @@ def main() -> None:
             done = work.count(
                 lengths, tokens=tokens, heads=heads, sizes=SIZES, dtype=dtype
             )
-            cache = done.moved["latent"] + done.moved["rope"]
+            cache = sum(done.moved[name] for name in CACHE)
             others = sum(done.moved.values()) - cache
             print(
                 f"| {name} | {jnp.dtype(dtype)} | {cache / 1e6:.2f} "
-                f"| {cache / done.needed:.3f} | {others / 1e6:.2f} MB "
+                f"| {done.ratio(*CACHE):.3f} | {others / 1e6:.2f} MB "
                 f"| {done.flops / 1e9:.2f} | {done.flops / done.flops_needed:.3f} |"
             )
 
