@@ -77,6 +77,7 @@ def grouped_swiglu(
     scale_M: Float[Array, " M"] | None = None,
     implementation: str | None = None,
     expected_rows: int | None = None,
+    keep_result: bool = False,
 ) -> Float[Array, "M F"]:
     """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T) * scale[m].
 
@@ -85,6 +86,10 @@ def grouped_swiglu(
     is one kernel where its tiles fit, which reads `x` once and rounds the result alone.
     The gradient needs both products: then they are what one kernel makes and what is
     kept, by the name KEPT, and the result is made from them.
+
+    `keep_result`: for gradients, the result is kept by that name, too. It costs its
+    memory, and on a Hopper GPU one kernel makes all three, where otherwise both products
+    are read again for the result, and once more where it is not kept.
     """
     gate, up = _of(gate_GFD, layer), _of(up_GFD, layer)
     implementation = named(implementation, "blocked")
@@ -99,7 +104,8 @@ def grouped_swiglu(
         scale_M = jnp.ones(x_MD.shape[0], jnp.float32)
     if scale_M.shape != x_MD.shape[:1]:
         raise ValueError(f"{scale_M.shape=} is not one for each row of {x_MD.shape=}")
-    return _swiglu(x_MD, gate, up, scale_M, sizes_G, implementation, expected_rows)
+    operands = (x_MD, gate, up, scale_M, sizes_G)
+    return _swiglu(*operands, implementation, expected_rows, keep_result)
 
 
 # One gradient for all implementations: if each platform's branch had its own, all would
@@ -129,26 +135,31 @@ def _product_backward(implementation, expected_rows, saved, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _swiglu(x, gate, up, scale, sizes, implementation, expected_rows):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _swiglu(x, gate, up, scale, sizes, implementation, expected_rows, keep_result):
     operands = (x, gate.astype(x.dtype), up.astype(x.dtype), scale, sizes)
     return dispatch(
         implementation, "swiglu", x, gate, *operands, expected_rows=expected_rows
     )
 
 
-def _swiglu_forward(x, gate, up, scale, sizes, implementation, expected_rows):
-    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
-    products = dispatch(
-        implementation, "both", x, gate, *operands, expected_rows=expected_rows
-    )
-    products = [checkpoint_name(product, KEPT) for product in products]
-    # From what is kept: where that is found again, no product is computed again.
-    h = combine(*products, scale).astype(x.dtype)
+def _swiglu_forward(
+    x, gate, up, scale, sizes, implementation, expected_rows, keep_result
+):
+    weights = gate.astype(x.dtype), up.astype(x.dtype)
+    run = functools.partial(dispatch, implementation, expected_rows=expected_rows)
+    if keep_result:
+        made = run("all_three", x, gate, x, *weights, scale, sizes)
+        *products, h = (checkpoint_name(array, KEPT) for array in made)
+    else:
+        made = run("both", x, gate, x, *weights, sizes)
+        products = [checkpoint_name(product, KEPT) for product in made]
+        # From what is kept: where that is found again, no product is computed again.
+        h = combine(*products, scale).astype(x.dtype)
     return h, (x, gate, up, scale, sizes, *products)
 
 
-def _swiglu_backward(implementation, expected_rows, saved, dh):
+def _swiglu_backward(implementation, expected_rows, keep_result, saved, dh):
     x, gate, up, scale, sizes, gated, lifted = saved
 
     _, back = jax.vjp(combine, gated, lifted, scale)

@@ -28,6 +28,9 @@ class Implementation(NamedTuple):
     gradients: Callable  # dy, x, w, sizes -> dx, dw
     swiglu: Callable  # x, gate, up, scale, sizes -> h
     both: Callable  # x, gate, up, sizes -> x @ gate.T, x @ up.T
+    all_three: (
+        Callable  # x, gate, up, scale, sizes -> both, and h of what they rounded to
+    )
     swiglu_gradients: (
         Callable  # dgate, dup, x, gate, up, sizes -> dx, and both weights'
     )
@@ -121,7 +124,18 @@ def _composed(product: Callable, gradients: Callable) -> Implementation:
         through_up, dup = gradients(dup, x, up, sizes, **options)
         return through_gate + through_up, dgate, dup
 
-    return Implementation(product, gradients, swiglu, both, swiglu_gradients)
+    three = _and_result(both)
+    return Implementation(product, gradients, swiglu, both, three, swiglu_gradients)
+
+
+def _and_result(both: Callable) -> Callable:
+    """From a function that makes both products, one that makes all three."""
+
+    def all_three(x, gate, up, scale, sizes, **rows):
+        products = both(x, gate, up, sizes, **rows)
+        return *products, combine(*products, scale).astype(x.dtype)
+
+    return all_three
 
 
 def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
@@ -187,6 +201,7 @@ IMPLEMENTATIONS = {
                 _gpu_gradients,
                 pallas_gpu.swiglu,
                 pallas_gpu.both,
+                pallas_gpu.all_three,
                 _gpu_swiglu_gradients,
             ),
         )
@@ -198,6 +213,7 @@ IMPLEMENTATIONS = {
         _tpu_gradients,
         _tpu_swiglu,
         _tpu_both,
+        _and_result(_tpu_both),
         _tpu_swiglu_gradients,
     ),
 }

@@ -34,7 +34,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     place,
     row_tiles,
     schedule,
-    tile_counts,
+    tile_count,
     walk,
     weight_tiles,
 )
@@ -78,7 +78,18 @@ def swiglu(
     sizes_G: Int[Array, " G"],
 ) -> Float[Array, "M O"]:
     """silu(x @ gate.T) * (x @ up.T) * scale, rounded once."""
-    return _rows([x_MI], [gate_GOI, up_GOI], sizes_G, turned=True, scale=scale_M)[0]
+    return _gated(x_MI, gate_GOI, up_GOI, scale_M, sizes_G, apart=False)[0]
+
+
+def all_three(
+    x_MI: Float[Array, "M I"],
+    gate_GOI: Float[Array, "G O I"],
+    up_GOI: Float[Array, "G O I"],
+    scale_M: Float[Array, " M"],
+    sizes_G: Int[Array, " G"],
+) -> tuple[Float[Array, "M O"], Float[Array, "M O"], Float[Array, "M O"]]:
+    """Both products, and SwiGLU of what is rounded."""
+    return _gated(x_MI, gate_GOI, up_GOI, scale_M, sizes_G, apart=True)
 
 
 def swiglu_row_gradient(
@@ -92,6 +103,10 @@ def swiglu_row_gradient(
     return _rows([dgate_MO, dup_MO], [gate_GOI, up_GOI], sizes_G, turned=False)[0]
 
 
+def _gated(x, gate, up, scale, sizes, *, apart):
+    return _rows([x], [gate, up], sizes, turned=True, scale=scale, apart=apart)
+
+
 class _Ring(NamedTuple):
     """Buffers that one warpgroup fills and two empty in turn. Steps count on from tile
     to tile.
@@ -100,8 +115,6 @@ class _Ring(NamedTuple):
     stages: int
     full: Ref
     free: Ref
-    late: Ref
-    lag: int
 
     def slot(self, step):
         return lax.rem(step, self.stages)
@@ -129,12 +142,6 @@ class _Ring(NamedTuple):
         """
 
         def one(acc, number, step):
-            if self.lag:
-
-                @pl.when((step == self.lag) & (lax.axis_index("warpgroup") == 0))
-                def _():
-                    plgpu.barrier_arrive(self.late)
-
             multiply(acc, number, self.filled(step))
             plgpu.wgmma_wait(1)
 
@@ -201,20 +208,7 @@ def _run(block, tiles, blocks: int = 1) -> None:
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        lag = block.ring.lag
-        if lag:
-
-            @pl.when(warpgroup == 1)
-            def _():
-                plgpu.barrier_wait(block.ring.late)
-
-        steps = each(block.multiply_tile)
-        if lag:
-
-            @pl.when((warpgroup == 0) & (steps <= lag))
-            def _():
-                plgpu.barrier_arrive(block.ring.late)
-
+        each(block.multiply_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
@@ -286,7 +280,8 @@ class _RowsPlan:
     turned: bool
     lhs: int  # how many
     matrices: int
-    scaled: bool  # SwiGLU
+    scaled: bool  # makes SwiGLU
+    apart: bool  # makes the products
     M: int
     inner: int
     outer: int
@@ -314,13 +309,27 @@ class _RowsPlan:
         return pl.cdiv(self.inner, LINE)
 
     @property
+    def segments(self) -> int:
+        """Pieces that a tile's rows are copied in. Of a pair's tile both blocks have some
+        above and some below, so that they have the same to do if it is not full.
+        """
+        return 2 if self.tiles.pair == "rows" else 1
+
+    @property
+    def copies(self) -> int:
+        """Into one buffer of the ring."""
+        return self.segments + self.parts
+
+    @property
     def outputs(self) -> int:
-        return 1 if self.scaled else self.parts
+        return self.parts * self.apart + self.scaled
 
 
-def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]:
-    """Sum over i of xs[i] [M, I] times ws[i][g], [O, I] if `turned` else [I, O]; of a
-    single x with several w the products apart, or SwiGLU of both if there is a scale.
+def _rows(
+    xs, ws, sizes, *, turned, scale=None, apart=True, tiles=None
+) -> tuple[Array, ...]:
+    """Sum over i of xs[i] [M, I] times ws[i][g], [O, I] if `turned` else [I, O]. Of a
+    single x with several w the products `apart`, and SwiGLU of both if there is a scale.
     """
     wanted = xs[0].shape[0], ws[0].shape[1 if turned else 2]
     xs = [_padded(x, ALIGN, LINE) for x in xs]
@@ -330,11 +339,12 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
     tiles = tiles or row_tiles(outer, turned=turned, apart=len(ws) // len(xs))
     scaled, dtype = scale is not None, xs[0].dtype
     plan = _RowsPlan(
-        tiles, turned, len(xs), len(ws), scaled, M, inner, outer, groups, dtype
+        *(tiles, turned, len(xs), len(ws), scaled, apart),
+        *(M, inner, outer, groups, dtype),
     )
     scales = ()
     if scaled:  # a tile may end after the last row
-        more = M - scale.shape[0] + tiles.rows
+        more = M - scale.shape[0] + tiles.all_rows
         scales = (jnp.pad(scale.astype(jnp.float32), (0, more)),)
     out = jax.ShapeDtypeStruct((M, outer), dtype)
 
@@ -345,7 +355,7 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
-            _run(block, sum(block.down) * plan.across, tiles.blocks)
+            _run(block, block.down * plan.across, tiles.blocks)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
@@ -355,18 +365,12 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
             _smem_of_any_row((tiles.stages, tiles.rows), dtype, LINE),
             _smem(lines, dtype),
             _smem_of_any_row((2, tiles.leaving, CHUNK_ROWS), dtype, LINE, LINE // 2),
-            plgpu.Barrier(num_arrivals=1 + plan.parts, num_barriers=tiles.stages),
+            plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiles.stages),
             empty(num_arrivals=2, num_barriers=tiles.stages),
-            plgpu.Barrier(),
             collective_axes="warpgroup",
         )
 
-    operands = (
-        *schedule(sizes, M, tiles.all_rows, tiles.all_rows // 2 * tiles.sort),
-        *xs,
-        *ws,
-        *scales,
-    )
+    operands = (*schedule(sizes, M, tiles.all_rows), *xs, *ws, *scales)
     outputs = _call(kernel, [out] * plan.outputs, *operands, blocks=tiles.blocks)
     return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
 
@@ -374,11 +378,11 @@ def _rows(xs, ws, sizes, *, turned, scale=None, tiles=None) -> tuple[Array, ...]
 class _Rows:
     """One block of the kernel of rows."""
 
-    def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free, late):
+    def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
         self.plan = plan
         fields = len(Schedule._fields)
         self.schedule = Schedule(*refs[:fields])
-        self.down = tile_counts(self.schedule, plan.M, plan.tiles.all_rows)
+        self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
         refs, self.ys = refs[fields : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
         self.ws, self.scales = refs[: plan.matrices], refs[plan.matrices :]
@@ -386,70 +390,50 @@ class _Rows:
         self.w_in = w_in
         narrow = [view.at[:, :, :CHUNK_ROWS] for view in out[2:]]
         self.out = {LINE: out[:2], LINE // 2: narrow}
-        self.ring = _Ring(plan.tiles.stages, full, free, late, plan.tiles.lag)
+        self.ring = _Ring(plan.tiles.stages, full, free)
 
     def place(self, index):
         """Group, first row, rows of the group, first column, and how often to multiply
         with each matrix: never for surplus rows, which so get zeros.
         """
         tiles = self.plan.tiles
-        (tall, short), across = self.down, self.plan.across
-        late = index >= tall * across
-        number, column = walk(
-            jnp.where(late, index - tall * across, index),
-            jnp.where(late, short, tall),
-            across,
-        )
-        number = jnp.where(late, number + tall, number)
+        number, column = walk(index, self.down, self.plan.across, tiles.band)
         group, start, count = place(self.schedule, number, tiles.all_rows)
-        if tiles.pair == "rows":
-            above = lax.axis_index("pair") * tiles.rows
-            start, count = start + above, count - above
-        elif tiles.pair == "columns":
+        if tiles.pair == "columns":
             column = column * 2 + lax.axis_index("pair")
         steps = jnp.where(group < self.plan.groups, self.plan.steps, 0)
         return group, start, count, column * self.plan.width, steps
 
+    def above(self, warpgroup):
+        """Rows of a tile before those of a warpgroup."""
+        if self.plan.tiles.pair == "rows":
+            warpgroup = 2 * warpgroup + lax.axis_index("pair")
+        return warpgroup * self.plan.tiles.half
+
+    def shared(self, split: str) -> tuple[str, ...] | None:
+        """The axis over which what is not split is copied once for both blocks."""
+        return ("pair",) if self.plan.tiles.pair == split else None
+
     def copy_tile(self, index, step):
         """Copies in what a tile needs; returns the step after."""
         plan = self.plan
-        group, start, _, column, steps = self.place(index)
-        rows, columns = pl.ds(start, plan.tiles.rows), pl.ds(column, plan.width)
-
-        def shared(split: str):
-            return ("pair",) if plan.tiles.pair == split else None
-
-        def fetch(w, number):
-            inner = pl.ds((number + plan.tiles.ahead) * LINE, plan.tiles.ahead * LINE)
-            here = (columns, inner) if plan.turned else (inner, columns)
-            plgpu.async_prefetch(w.at[(group, *here)])
+        group, start, count, column, steps = self.place(index)
+        columns = pl.ds(column, plan.width)
 
         def load(x, ws, number, step):
-            if plan.tiles.ahead:
-
-                @pl.when(lax.rem(number, plan.tiles.ahead) == 0)
-                def _():
-                    for w in ws:
-                        fetch(w, number)
-
             slot = self.ring.to_fill(step)
             full = self.ring.full.at[slot]
             inner = pl.ds(number * LINE, LINE)
-            landing = self.x_landing.at[slot]
-            plgpu.copy_gmem_to_smem(
-                x.at[rows, inner], landing, full, collective_axes=shared("columns")
-            )
+            self.copy_rows(x.at[:, inner], start, count, slot)
             for part, w in enumerate(ws):
                 here = pl.ds(part * plan.width, plan.width)
-                if plan.turned:
-                    w, landing = w.at[group, columns, inner], self.w_in.at[slot, here]
-                else:
-                    w, landing = (
-                        w.at[group, inner, columns],
-                        self.w_in.at[slot, :, here],
-                    )
+                there = (columns, inner) if plan.turned else (inner, columns)
+                here = (here,) if plan.turned else (slice(None), here)
                 plgpu.copy_gmem_to_smem(
-                    w, landing, full, collective_axes=shared("rows")
+                    w.at[(group, *there)],
+                    self.w_in.at[(slot, *here)],
+                    full,
+                    collective_axes=self.shared("rows"),
                 )
             return step + 1
 
@@ -458,16 +442,40 @@ class _Rows:
             step = lax.fori_loop(0, steps, functools.partial(load, x, ws), step)
         return step
 
+    def copy_rows(self, x, start, count, slot) -> None:
+        """Copies in the rows of a tile, but no segment that is not the group's."""
+        full, tiles = self.ring.full.at[slot], self.plan.tiles
+        if self.plan.segments == 1:
+            rows, shared = pl.ds(start, tiles.rows), self.shared("columns")
+            landing = self.x_landing.at[slot]
+            plgpu.copy_gmem_to_smem(x.at[rows], landing, full, collective_axes=shared)
+            return
+        for segment in range(self.plan.segments):
+            above = self.above(segment)
+
+            @pl.when(count > above)
+            def _(segment=segment, above=above):
+                rows = pl.ds(start + above, tiles.half)
+                landing = pl.ds(segment * tiles.half, tiles.half)
+                landing = self.x_landing.at[slot, landing]
+                plgpu.copy_gmem_to_smem(x.at[rows], landing, full)
+
+            @pl.when(count <= above)
+            def _():
+                plgpu.barrier_arrive(full)
+
     def multiply_tile(self, index, step):
+        """Makes a tile of what is copied in; returns the step after."""
         plan, half = self.plan, self.plan.tiles.half
         _, start, count, column, steps = self.place(index)
         steps = steps * plan.lhs
-        above = lax.axis_index("warpgroup") * half
+        warpgroup = lax.axis_index("warpgroup")
+        above = self.above(warpgroup)
         start, count = start + above, jnp.clip(count - above, 0, half)
 
         def multiply(acc, _, slot):
             w = self.w_in.at[slot]
-            mine = self.x_in.at[slot, pl.ds(above, half)]
+            mine = self.x_in.at[slot, pl.ds(warpgroup * half, half)]
             plgpu.wgmma(acc, mine, w.T if plan.turned else w)
 
         @pl.when(count > 0)
@@ -483,17 +491,23 @@ class _Rows:
 
     def store(self, total, start, count, column) -> None:
         """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
-        plan = self.plan
-        for part, y in enumerate(self.ys):
-            here = total[:, part * plan.width : (part + 1) * plan.width]
-            for number, (r, c, width) in enumerate(_chunks(*here.shape, LINE)):
-                rows, columns = slice(r, r + CHUNK_ROWS), slice(c, c + width)
-                chunk = here[rows, columns]
-                if plan.scaled:
-                    lifted = total[rows, plan.width + c : plan.width + c + width]
-                    chunk = _swiglu(chunk, lifted, self.scales[0], start + r)
+        plan, number = self.plan, 0
+        for r, c, width in _chunks(plan.tiles.half, plan.width, LINE):
+            rows = slice(r, r + CHUNK_ROWS)
+            products = [
+                total[rows, first + c : first + c + width]
+                for first in range(0, plan.tiles.columns, plan.width)
+            ]
+            chunks = [product.astype(plan.dtype) for product in products] * plan.apart
+            if plan.scaled:
+                # What is kept is what it is made of, here and when it is made again.
+                of = [chunk.astype(jnp.float32) for chunk in chunks] or products
+                made = _swiglu(*of, self.scales[0], start + r)
+                chunks = [*chunks, made.astype(plan.dtype)]
+            for chunk, y in zip(chunks, self.ys, strict=True):
                 tiled, flat = self.out[width]
-                slot = _to_leave(chunk.astype(plan.dtype), tiled, number)
+                slot = _to_leave(chunk, tiled, number)
+                number += 1
                 _copy_rows(
                     flat.at[slot],
                     y.at[:, pl.ds(column + c, width)],
@@ -515,9 +529,14 @@ def _chunks(rows: int, columns: int, width: int) -> list[tuple[int, int, int]]:
 
 
 def _to_leave(chunk, out, number: int):
-    """Puts a chunk of the result in shared memory, where an earlier one has left it."""
+    """Puts one of a tile's chunks in shared memory, where an earlier one has left it.
+    Those of the tile before have had the time.
+    """
     leaving = out.shape[1]
-    plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
+    if number == 0:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    elif number >= leaving:
+        plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
     slot = lax.axis_index("warpgroup"), number % leaving
     out[slot] = chunk
     plgpu.commit_smem()
@@ -587,7 +606,6 @@ def weight_gradient(
             _smem((2, leaving, CHUNK_ROWS, chunk), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2),
             collective_axes="warpgroup",
         )
@@ -603,12 +621,12 @@ class _Weights:
     that a swizzled tile can start at.
     """
 
-    def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, late, masked):
+    def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, masked):
         self.tiles = tiles
         self.groups = Groups(*refs[:-3])
         self.dy, self.x, self.dw = refs[-3:]
         self.dy_in, self.x_in, self.out, self.masked = dy_in, x_in, out, masked
-        self.ring = _Ring(tiles.stages, full, free, late, tiles.lag)
+        self.ring = _Ring(tiles.stages, full, free)
         groups, outer, inner = self.dw.shape
         self.last = groups - 1
         self.down, self.across = (
@@ -620,7 +638,9 @@ class _Weights:
     def place(self, index):
         """Rank of the group, tile in its matrix, first row of the first step, and steps."""
         rank = lax.div(index, self.tiles_each)
-        down, across = walk(index - rank * self.tiles_each, self.down, self.across)
+        down, across = walk(
+            index - rank * self.tiles_each, self.down, self.across, self.tiles.band
+        )
         begin, end = self.groups.begin[rank], self.groups.end[rank]
         start = lax.div(begin, ALIGN) * ALIGN
         steps = lax.div(end - start + LINE - 1, LINE)

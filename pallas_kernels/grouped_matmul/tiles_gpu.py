@@ -14,7 +14,6 @@ from jaxtyping import Array, Int
 
 SMS = 132  # of an H100 or H200: blocks of the grid
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
-BAND = 8  # columns of tiles that are walked together
 
 
 class Tiles(NamedTuple):
@@ -24,10 +23,8 @@ class Tiles(NamedTuple):
     columns: int
     stages: int = 4  # buffers of operands
     leaving: int = 2  # buffers of results, a warpgroup
+    band: int = 8  # columns of tiles that are walked together
     pair: str = ""  # what a cluster of two blocks splits: "rows", "columns" or nothing
-    ahead: int = 0  # steps of matrices that are fetched to the L2 cache at once
-    sort: bool = False  # short tiles last
-    lag: int = 0  # steps that the second warpgroup begins after the first
 
     @property
     def blocks(self) -> int:
@@ -93,64 +90,42 @@ def weight_tiles(outer: int, inner: int) -> Tiles:
 
 
 class Schedule(NamedTuple):
-    """Tiles of rows, in the order of rows but for short ones, which come later, so that
-    what blocks have to do ends at about the same time; those of the surplus rows come
-    last, and belong to group G. `place` says the rest: here, it would be more kernels.
+    """Which rows are whose, of tiles in the order of rows. Those of the surplus rows
+    come last, and belong to group G. `place` says the rest: here, it would be more
+    kernels.
     """
 
     group: Int[Array, " T"]
-    first: Int[Array, " T"]  # the number of the first tile of the group, of its kind
-    begin: Int[Array, " T"]  # and that one's first row
-    end: Int[Array, " T"]  # the row after the group's last
+    first: Int[Array, " T"]  # the number of the group's first tile
+    begin: Int[Array, " T"]  # the group's first row
+    end: Int[Array, " T"]  # and the row after its last
     ends: Int[Array, " G"]
-    tall_ends: Int[Array, " G"]  # tiles that are not short, of groups so far
-    short_ends: Int[Array, " G"]
+    tile_ends: Int[Array, " G"]
 
 
-def schedule(
-    sizes_G: Int[Array, " G"], rows: int, tile: int, short: int = 0
-) -> Schedule:
-    """The last tile of a group is short if it has no more than `short` rows.
-
-    By comparing everything with everything: two kernels, where prefix sums, a search and
-    gathers are many.
+def schedule(sizes_G: Int[Array, " G"], rows: int, tile: int) -> Schedule:
+    """By comparing everything with everything: two kernels, where prefix sums, a search
+    and gathers are many.
     """
     groups = sizes_G.shape[0]
-    tall_G = (sizes_G + tile - 1 - short) // tile
-    short_G = (sizes_G > tall_G * tile).astype(jnp.int32)
-    ends_G, tall_ends_G, short_ends_G = map(running_sum, (sizes_G, tall_G, short_G))
-
+    ends_G = running_sum(sizes_G)
+    tile_ends_G = running_sum(-(-sizes_G // tile))
     numbers_T1 = jnp.arange(rows // tile + groups + 1)[:, None]
-    tall, both = tall_ends_G[-1], tall_ends_G[-1] + short_ends_G[-1]
-    is_tall_TG = (numbers_T1 >= tall_ends_G - tall_G) & (numbers_T1 < tall_ends_G)
-    rest_T1 = numbers_T1 - tall
-    is_short_TG = (rest_T1 >= short_ends_G - short_G) & (rest_T1 < short_ends_G)
-    group_G = jnp.arange(groups)
-    is_surplus_TG = (numbers_T1 >= both) & (group_G == groups - 1)
-
-    def of_own(tall_G, short_G, surplus):
-        values_TG = jnp.where(is_tall_TG, tall_G, 0) + jnp.where(
-            is_short_TG, short_G, 0
-        )
-        return (values_TG + jnp.where(is_surplus_TG, surplus, 0)).sum(1)
-
-    begin_G = ends_G - sizes_G
+    past_TG = tile_ends_G <= numbers_T1  # groups whose tiles all come before
     return Schedule(
-        of_own(group_G, group_G, groups),
-        of_own(tall_ends_G - tall_G, tall + short_ends_G - short_G, both),
-        of_own(begin_G, begin_G + tall_G * tile, ends_G[-1]),
-        of_own(ends_G, ends_G, rows),
-        *(ends_G, tall_ends_G, short_ends_G),
+        past_TG.sum(1, dtype=jnp.int32),
+        jnp.where(past_TG, tile_ends_G, 0).max(1),
+        jnp.where(past_TG, ends_G, 0).max(1),
+        jnp.where(past_TG, rows, ends_G).min(1),
+        ends_G,
+        tile_ends_G,
     )
 
 
-def tile_counts(tiles: Schedule, rows: int, tile: int):
-    """How many tiles of rows are tall, and how many are not; of arrays or of references
-    to them.
-    """
+def tile_count(tiles: Schedule, rows: int, tile: int):
+    """How many tiles of rows there are; of arrays or of references to them."""
     last = tiles.ends.shape[0] - 1
-    surplus = pl.cdiv(rows - tiles.ends[last], tile)
-    return tiles.tall_ends[last], tiles.short_ends[last] + surplus
+    return tiles.tile_ends[last] + pl.cdiv(rows - tiles.ends[last], tile)
 
 
 def place(tiles: Schedule, number, tile: int):
@@ -187,13 +162,13 @@ def by_size(sizes_G: Int[Array, " G"]) -> Groups:
     return Groups(*(jnp.where(own_RG, a, 0).sum(1) for a in by_rank), ends_G)
 
 
-def walk(index, down, across: int):
-    """The tile at a place of the walk, as (row, column): BAND columns of tiles at a
+def walk(index, down, across: int, band: int):
+    """The tile at a place of the walk, as (row, column): `band` columns of tiles at a
     time, row by row, so that what they share stays in the L2 cache.
     """
-    if across <= BAND:
+    if across <= band:
         return lax.div(index, across), lax.rem(index, across)
-    band = lax.div(index, down * BAND)
-    index = index - band * down * BAND
-    width = jnp.minimum(BAND, across - band * BAND)
-    return lax.div(index, width), band * BAND + lax.rem(index, width)
+    number = lax.div(index, down * band)
+    index = index - number * down * band
+    width = jnp.minimum(band, across - number * band)
+    return lax.div(index, width), number * band + lax.rem(index, width)

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.api import KEPT
 from pallas_kernels.grouped_matmul.reference import block_count, block_rows
 from tests.pallas_kernels.interpret import interpreted
 
@@ -202,6 +203,27 @@ def test_swiglu_in_one_kernel(rng):
     got = run(call, "tpu", *arrays[:4], jnp.asarray(sizes))
     expected, *_ = swiglu_by_hand(*arrays, sizes)
     np.testing.assert_allclose(np.float64(got), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_a_result_that_is_kept_is_the_same_and_is_not_made_again(rng):
+    x, gate, up, scale, dh = swiglu_operands(rng)
+    sizes = jnp.asarray(SIZES["uneven"])
+
+    def product(keep_result, x, gate, up, scale):
+        return grouped_swiglu(
+            *(x, gate, up, sizes), scale_M=scale, keep_result=keep_result
+        )
+
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    calls, found = [], []
+    for keep_result in (False, True):
+        run = jax.checkpoint(functools.partial(product, keep_result), policy=policy)
+        h, back = jax.vjp(run, x, gate, up, scale)
+        found.append((h, *back(dh)))
+        calls.append(str(jax.make_jaxpr(back)(dh)).count("platform_index"))
+    for plain, kept in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, kept)
+    assert calls == [1, 1]  # what the backward pass itself needs
 
 
 def test_swiglu_without_a_scale(rng):
