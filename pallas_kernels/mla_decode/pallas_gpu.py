@@ -1,0 +1,422 @@
+"""Absorbed MLA decoding for Hopper GPUs, in Pallas Mosaic GPU.
+
+Letters: B rows, T new tokens, N heads, L latent, R rope, Y layers, X rows or pages of the
+cache, Z slots of one, P pages of a row; M = T N queries of a row.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+SMS = 132  # of an H100 or H200
+TALL = 64  # queries of a tile
+BLOCK = 64  # slots of a block
+LATENT, ROPE = 512, 64
+HALF = LATENT // 2
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+WG = plgpu.Layout.WGMMA
+ROW = WG.reduce(1)
+LOG2E = math.log2(math.e)
+NEVER = -1e30
+START_COST = 2  # blocks
+
+
+class Options(NamedTuple):
+    lefts: int = 2
+    rights: int = 2
+    ropes: int = 2
+    cluster: bool = False
+    registers: tuple[int, int, int] = (168, 152, 24)  # values, softmax, producer
+    skip: tuple[str, ...] = ()
+
+
+class Plan(NamedTuple):
+    first: Array
+    last: Array
+    starts: Array
+    counts: Array
+    payload: Array
+
+
+def plan(lengths, slots, tiles):
+    parts = max(1, SMS // tiles)
+    B = lengths.shape[0]
+    lengths = jnp.clip(lengths, 0, slots).astype(jnp.int32)
+    counts = jnp.maximum(1, -(-lengths // BLOCK))
+    longest = counts.max()
+    rows_each, cuts = -(-B // parts), max(1, parts // B)
+    even = -(-(counts.sum() + START_COST * B) // parts)
+    if cuts == 1:
+        same = longest + START_COST
+        equal = rows_each * same
+    else:
+        equal = -(-longest // cuts)
+        same = equal * cuts
+    uniform = equal * 20 <= even * 21
+    costs = jnp.where(uniform, same, counts + START_COST)
+    payload = jnp.where(uniform, equal, even)
+    b = jnp.arange(B)
+    starts = jnp.where(b[:, None] > b, costs, 0).sum(1).astype(jnp.int32)
+    begin = jnp.arange(parts, dtype=jnp.int32)[:, None] * payload
+    first = (starts + counts <= begin).sum(1).astype(jnp.int32)
+    last = (starts < begin + payload).sum(1).astype(jnp.int32)
+    return Plan(first, last, starts, counts, payload[None].astype(jnp.int32)), parts
+
+
+def decode(
+    q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, layer, pages_BP, *, scale, options=Options(),
+    combine=True,
+):
+    B, T, N, L = q_BTNL.shape
+    M = T * N
+    Y, X, Z, _ = latent_YXZL.shape
+    P = 1 if pages_BP is None else pages_BP.shape[1]
+    tiles = -(-M // TALL)
+    rows = M // tiles
+    o = options
+    cluster = o.cluster and tiles % 2 == 0
+    schedule, parts = plan(lengths_B, P * Z, tiles)
+    lengths = jnp.clip(lengths_B, 0, P * Z).astype(jnp.int32)
+    layer = jnp.asarray(layer, jnp.int32)[None]
+    if pages_BP is None:
+        pages = jnp.zeros((1, 1), jnp.int32)
+    else:
+        pages = jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32)
+    dtype = q_BTNL.dtype
+
+    def kernel(first_r, last_r, start_r, count_r, payload_r, length_r, layer_r, page_r,
+               q_r, qr_r, latent_r, rope_r, out_r, lse_r, part_r, part_lse_r, scoped):
+        (q_s, qr_s, left_s, right_s, rope_s, p_s, stats,
+         q_full, q_free, full, free, p_full, p_free) = scoped
+        part = lax.axis_index("part")
+        tile = lax.axis_index("tile")
+        if cluster:
+            tile = tile * 2 + lax.axis_index("pair")
+        w = lax.axis_index("wg")
+        mine = pl.ds(tile * rows, rows)
+        everything = (slice(None),) if rows == TALL else (pl.ds(0, rows),)
+        payload = payload_r[0]
+        depth = (o.lefts, o.rights, o.ropes)
+        rings = (left_s, right_s, rope_s)
+
+        def items(body):
+            def step(row, n):
+                start, count = start_r[row], count_r[row]
+                lo = jnp.clip(part * payload - start, 0, count)
+                hi = jnp.clip((part + 1) * payload - start, 0, count)
+                body(row, lo, hi, n)
+                return n + hi - lo
+            return lax.fori_loop(first_r[part], last_r[part], step, jnp.int32(0))
+
+        def produce(row, lo, hi, n):
+            @pl.when(n > 0)
+            def _():
+                plgpu.barrier_wait(q_free)
+            plgpu.copy_gmem_to_smem(q_r.at[row, mine], q_s.at[(0, *everything)], q_full)
+            plgpu.copy_gmem_to_smem(qr_r.at[row, mine], qr_s.at[everything], q_full)
+            base = layer_r[0] * X
+
+            @pl.loop(lo, hi)
+            def _(j):
+                g = n + j - lo
+                slot = j * BLOCK
+                place = row
+                if pages_BP is not None:
+                    place = page_r[row, lax.div(slot, Z)]
+                    slot = lax.rem(slot, Z)
+                slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
+                sources = (
+                    latent_r.at[base + place, slots, pl.ds(0, HALF)],
+                    rope_r.at[base + place, :, slots],
+                    latent_r.at[base + place, slots, pl.ds(HALF, HALF)],
+                )
+                for k, source in zip((0, 2, 1), sources):
+                    at = lax.rem(g, depth[k])
+
+                    @pl.when(g >= depth[k])
+                    def _(k=k, at=at):
+                        plgpu.barrier_wait(free[k].at[at])
+                    if "load" in o.skip:
+                        plgpu.barrier_arrive(full[k].at[at])
+                    else:
+                        plgpu.copy_gmem_to_smem(source, rings[k].at[at], full[k].at[at],
+                                                collective_axes=("pair",) if cluster else None)
+
+        def soften(row, lo, hi, n):
+            length, count = length_r[row], count_r[row]
+            zero = lax.shift_right_logical(length, 30)
+            shortest = length - T + 1
+
+            def issue(acc, j):
+                g = n + j - lo
+                at = [lax.rem(g, d) for d in depth]
+                q = q_s.at[zero * j]
+                go = "qk" not in o.skip
+                plgpu.barrier_wait(full[0].at[at[0]])
+                if go:
+                    plgpu.wgmma(acc, q.at[:, pl.ds(0, HALF)], left_s.at[at[0]].T)
+                plgpu.barrier_wait(full[2].at[at[2]])
+                plgpu.wgmma(acc, qr_s, rope_s.at[at[2]])
+                plgpu.barrier_wait(full[1].at[at[1]])
+                if go:
+                    plgpu.wgmma(acc, q.at[:, pl.ds(HALF, HALF)], right_s.at[at[1]].T)
+
+            def done(j):
+                plgpu.barrier_arrive(free[2].at[lax.rem(n + j - lo, o.ropes)])
+
+            def masked(s, j):
+                def mask(s):
+                    query = plgpu.broadcasted_iota(jnp.int32, (TALL, BLOCK), 0, layout=WG)
+                    slot = plgpu.broadcasted_iota(jnp.int32, (TALL, BLOCK), 1, layout=WG)
+                    seen = shortest
+                    if T > 1:
+                        seen = seen + lax.div(query + tile * rows, jnp.int32(N))
+                        seen = jnp.minimum(seen, length)
+                    return jnp.where(slot + j * BLOCK < seen, s, -jnp.inf)
+                return lax.cond((j + 1) * BLOCK > shortest, mask, lambda s: s, s)
+
+            def publish(s, j, m, l, last):
+                if "softmax" in o.skip:
+                    p, alpha, m_new = s, l, m
+                else:
+                    s = masked(s * (scale * LOG2E), j)
+                    m_new = jnp.maximum(m, s.max(axis=1))
+                    alpha = jnp.exp2(m - m_new)
+                    p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
+                    l = l * alpha + p.sum(axis=1)
+                if last:
+                    plgpu.wait_smem_to_gmem(0)
+
+                @pl.when(n + j - lo > 0)
+                def _():
+                    plgpu.barrier_wait(p_free)
+                p_s[...] = p.astype(dtype)
+                stats[0] = alpha
+                if last:
+                    some = l > 0
+                    stats[1] = jnp.where(some, 1 / l, jnp.zeros_like(l))
+                    stats[2] = jnp.where(some, (m_new + jnp.log2(l)) / LOG2E, jnp.full_like(l, -jnp.inf))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_full)
+                return m_new, l
+
+            def scores(acc):
+                issue(acc, lo)
+                return acc[...]
+
+            def step(j, carry):
+                s, m, l = carry
+
+                def overlap(acc):
+                    issue(acc, j + 1)
+                    state = publish(s, j, m, l, False)
+                    return acc[...], *state
+                s, m, l = pl.run_scoped(overlap, plgpu.ACC((TALL, BLOCK), jnp.float32))
+                done(j + 1)
+                return s, m, l
+
+            plgpu.barrier_wait(q_full)
+            s = pl.run_scoped(scores, plgpu.ACC((TALL, BLOCK), jnp.float32))
+            done(lo)
+            m = plgpu.layout_cast(jnp.full((TALL,), NEVER, jnp.float32), ROW)
+            l = plgpu.layout_cast(jnp.zeros((TALL,), jnp.float32), ROW)
+            s, m, l = lax.fori_loop(lo, hi - 1, step, (s, m, l))
+            plgpu.barrier_arrive(q_free)
+            publish(s, hi - 1, m, l, True)
+            whole = (lo == 0) & (hi == count)
+            source = stats.at[2] if rows == TALL else stats.at[2, pl.ds(0, rows)]
+
+            @pl.when(whole)
+            def _():
+                plgpu.copy_smem_to_gmem(source, lse_r.at[row, mine])
+
+            @pl.when(~whole)
+            def _():
+                plgpu.copy_smem_to_gmem(stats.at[2], part_lse_r.at[2 * part + (lo == 0).astype(jnp.int32), tile])
+
+        def values(k):
+            ring = rings[k]
+            columns = pl.ds(k * HALF, HALF)
+
+            def body(row, lo, hi, n):
+                length, count = length_r[row], count_r[row]
+
+                def step(j, acc):
+                    at = lax.rem(n + j - lo, depth[k])
+                    plgpu.barrier_wait(p_full)
+                    alpha = plgpu.load(stats.at[0], (), layout=ROW)
+                    plgpu.barrier_wait(full[k].at[at])
+
+                    @pl.when((j + 1) * BLOCK > length)
+                    def _():
+                        for c in range(0, HALF, 64):
+                            chunk = ring.at[at, :, pl.ds(c, 64)]
+                            v = plgpu.load(chunk, (), layout=WG)
+                            slot = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WG)
+                            chunk[...] = jnp.where(slot + j * BLOCK < length, v, jnp.zeros_like(v))
+                        plgpu.commit_smem()
+
+                    if "rescale" not in o.skip:
+                        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+
+                    def multiply(a):
+                        for c in range(0, HALF, 128):
+                            plgpu.wgmma(a.at[:, pl.ds(c, 128)], p_s, ring.at[at, :, pl.ds(c, 128)])
+                    if "pv" not in o.skip:
+                        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+                    @pl.when(j + 1 < hi)
+                    def _():
+                        plgpu.barrier_arrive(p_free)
+                        plgpu.barrier_arrive(free[k].at[at])
+                    return acc
+
+                acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), WG)
+                acc = lax.fori_loop(lo, hi, step, acc)
+                inverse = plgpu.load(stats.at[1], (), layout=ROW)
+                plgpu.barrier_arrive(p_free)
+                acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+                at = lax.rem(n + hi - 1 - lo, depth[k])
+                whole = (lo == 0) & (hi == count)
+
+                @pl.when(whole)
+                def _():
+                    ring[at] = acc.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(ring.at[(at, *everything)], out_r.at[row, mine, columns])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(~whole)
+                def _():
+                    part_r[2 * part + (lo == 0).astype(jnp.int32), tile, :, columns] = acc
+                plgpu.barrier_arrive(free[k].at[at])
+            return body
+
+        def run_values(k):
+            plgpu.set_max_registers(o.registers[0], action="increase")
+            items(values(k))
+            plgpu.wait_smem_to_gmem(0)
+
+        def run_soften():
+            plgpu.set_max_registers(o.registers[1], action="increase")
+            items(soften)
+            plgpu.wait_smem_to_gmem(0)
+
+        def run_produce():
+            plgpu.set_max_registers(o.registers[2], action="decrease")
+            total = items(produce)
+            if cluster:
+                for k in range(3):
+                    @pl.loop(jnp.maximum(total - depth[k], 0), total)
+                    def _(g, k=k):
+                        plgpu.barrier_wait(free[k].at[lax.rem(g, depth[k])])
+
+        lax.cond(w < 2,
+                 lambda: lax.cond(w == 0, lambda: run_values(0), lambda: run_values(1)),
+                 lambda: lax.cond(w == 2, run_soften, run_produce))
+
+    def release(count, **k):
+        if cluster:
+            return plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=count)
+        return plgpu.Barrier(num_barriers=count)
+
+    def entry(*refs):
+        pl.run_scoped(
+            lambda *a: kernel(*refs, a),
+            plgpu.SMEM((1, TALL, LATENT), dtype, transforms=TILED),
+            plgpu.SMEM((TALL, ROPE), dtype, transforms=TILED),
+            plgpu.SMEM((o.lefts, BLOCK, HALF), dtype, transforms=TILED),
+            plgpu.SMEM((o.rights, BLOCK, HALF), dtype, transforms=TILED),
+            plgpu.SMEM((o.ropes, ROPE, BLOCK), dtype, transforms=TILED),
+            plgpu.SMEM((TALL, BLOCK), dtype, transforms=TILED),
+            plgpu.SMEM((3, TALL), jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
+            [plgpu.Barrier(num_barriers=k) for k in (o.lefts, o.rights, o.ropes)],
+            [release(k) for k in (o.lefts, o.rights, o.ropes)],
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2),
+            collective_axes="wg",
+        )
+
+    grid = dict(grid=(tiles, parts), grid_names=("tile", "part"))
+    if cluster:
+        grid = dict(grid=(tiles // 2, parts), grid_names=("tile", "part"),
+                    cluster=(2,), cluster_names=("pair",))
+    out, lse, partial, partial_lse = plgpu.kernel(
+        entry,
+        out_type=(
+            jax.ShapeDtypeStruct((B, M, L), dtype),
+            jax.ShapeDtypeStruct((B, M), jnp.float32),
+            jax.ShapeDtypeStruct((2 * parts, tiles, TALL, LATENT), jnp.float32),
+            jax.ShapeDtypeStruct((2 * parts, tiles, TALL), jnp.float32),
+        ),
+        **grid,
+        num_threads=4,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=1024,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(*schedule, lengths, layer, pages, q_BTNL.reshape(B, M, L), q_BTNR.reshape(B, M, ROPE),
+      latent_YXZL.reshape(Y * X, Z, L), rope_YXRZ.reshape(Y * X, ROPE, Z))
+    if combine:
+        out, lse = _combine(schedule, parts, rows, out, lse, partial, partial_lse)
+    return out.reshape(q_BTNL.shape), lse.reshape(B, T, N)
+
+
+def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
+    """Puts together the rows that are cut, in place: the first cut of each does."""
+    if parts == 1:
+        return out, lse
+    M = out.shape[1]
+
+    def body(first_r, start_r, count_r, payload_r, part_r, part_lse_r, out_r, lse_r):
+        part = lax.axis_index("cut") + 1
+        query = lax.axis_index("query")
+        tile, r = lax.div(query, rows), lax.rem(query, rows)
+        row = first_r[part]
+        payload = payload_r[0]
+
+        @pl.when(row < out.shape[0])
+        def _():
+            start, count = start_r[row], count_r[row]
+            before = part * payload - start
+
+            @pl.when((before > 0) & (before <= payload))
+            def _():
+                m0 = jnp.maximum(part_lse_r[2 * part - 1, tile, r], NEVER)
+                l0 = jnp.exp2((part_lse_r[2 * part - 1, tile, r] - m0) * LOG2E)
+                acc = part_r[2 * part - 1, tile, r] * l0
+
+                def add(p, carry):
+                    m, l, acc = carry
+                    x = part_lse_r[2 * p, tile, r]
+                    m_new = jnp.maximum(m, x)
+                    a, b = jnp.exp2((m - m_new) * LOG2E), jnp.exp2((x - m_new) * LOG2E)
+                    return m_new, l * a + b, acc * a + part_r[2 * p, tile, r] * b
+
+                end = lax.div(start + count - 1, payload)
+                m, l, acc = lax.fori_loop(part, end + 1, add, (m0, l0, acc))
+                some = l > 0
+                out_r[row, query] = (acc * jnp.where(some, 1 / l, 0.0)).astype(out.dtype)
+                lse_r[row, query] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
+
+    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
+    plgpu.kernel(
+        body,
+        out_type=(),
+        grid=(parts - 1, M),
+        grid_names=("cut", "query"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(schedule.first, schedule.starts, schedule.counts, schedule.payload, partial, partial_lse, out_ref, lse_ref)
+    return jax.freeze(out_ref), jax.freeze(lse_ref)
