@@ -31,7 +31,9 @@ START_COST = 2  # blocks
 class Options(NamedTuple):
     lefts: int = 2
     rights: int = 2
-    ropes: int = 2
+    ropes: int = 1
+    lazy: bool = True
+    gate: bool = True
     cluster: bool = False
     registers: tuple[int, int, int] = (168, 152, 24)  # values, softmax, producer
     skip: tuple[str, ...] = ()
@@ -132,41 +134,62 @@ def decode(
                     place = page_r[row, lax.div(slot, Z)]
                     slot = lax.rem(slot, Z)
                 slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-                sources = (
-                    latent_r.at[base + place, slots, pl.ds(0, HALF)],
-                    rope_r.at[base + place, :, slots],
-                    latent_r.at[base + place, slots, pl.ds(HALF, HALF)],
-                )
-                for k, source in zip((0, 2, 1), sources):
-                    at = lax.rem(g, depth[k])
+                latents = latent_r.at[base + place, slots]
+                at = [lax.rem(g, d) for d in depth]
 
+                def wait(k):
                     @pl.when(g >= depth[k])
-                    def _(k=k, at=at):
-                        plgpu.barrier_wait(free[k].at[at])
+                    def _():
+                        plgpu.barrier_wait(free[k].at[at[k]])
+
+                def copy(source, target, barrier):
                     if "load" in o.skip:
-                        plgpu.barrier_arrive(full[k].at[at])
+                        plgpu.barrier_arrive(barrier)
                     else:
-                        plgpu.copy_gmem_to_smem(source, rings[k].at[at], full[k].at[at],
+                        plgpu.copy_gmem_to_smem(source, target, barrier,
                                                 collective_axes=("pair",) if cluster else None)
+
+                def halves(k, c):
+                    copy(latents.at[:, pl.ds(k * HALF + c * 128, 128)],
+                         rings[k].at[at[k], c], full[k].at[2 * at[k] + c])
+                second = lax.rem(j - lo, 2)
+
+                def rope():
+                    wait(2)
+                    copy(rope_r.at[base + place, :, slots], rope_s.at[at[2]], full[2].at[at[2]])
+                pl.when(second == 0)(rope)
+                wait(0)
+                halves(0, 0)
+                halves(0, 1)
+                wait(1)
+                halves(1, 0)
+                halves(1, 1)
+                pl.when(second == 1)(rope)
 
         def soften(row, lo, hi, n):
             length, count = length_r[row], count_r[row]
             zero = lax.shift_right_logical(length, 30)
             shortest = length - T + 1
 
-            def issue(acc, j):
+            def issue(acc, j, rope_first):
                 g = n + j - lo
                 at = [lax.rem(g, d) for d in depth]
                 q = q_s.at[zero * j]
                 go = "qk" not in o.skip
-                plgpu.barrier_wait(full[0].at[at[0]])
-                if go:
-                    plgpu.wgmma(acc, q.at[:, pl.ds(0, HALF)], left_s.at[at[0]].T)
-                plgpu.barrier_wait(full[2].at[at[2]])
-                plgpu.wgmma(acc, qr_s, rope_s.at[at[2]])
-                plgpu.barrier_wait(full[1].at[at[1]])
-                if go:
-                    plgpu.wgmma(acc, q.at[:, pl.ds(HALF, HALF)], right_s.at[at[1]].T)
+
+                def rope():
+                    plgpu.barrier_wait(full[2].at[at[2]])
+                    plgpu.wgmma(acc, qr_s, rope_s.at[at[2]])
+                if rope_first:
+                    rope()
+                for k in range(2):
+                    for c in range(2):
+                        plgpu.barrier_wait(full[k].at[2 * at[k] + c])
+                        if go:
+                            plgpu.wgmma(acc, q.at[:, pl.ds(k * HALF + c * 128, 128)],
+                                        rings[k].at[at[k], c].T)
+                if not rope_first:
+                    rope()
 
             def done(j):
                 plgpu.barrier_arrive(free[2].at[lax.rem(n + j - lo, o.ropes)])
@@ -182,64 +205,96 @@ def decode(
                     return jnp.where(slot + j * BLOCK < seen, s, -jnp.inf)
                 return lax.cond((j + 1) * BLOCK > shortest, mask, lambda s: s, s)
 
-            def publish(s, j, m, l, last):
+            def soften_block(s, j, m, l):
+                """Writes P and how to scale the sum before it is added."""
+                g = n + j - lo
+                at = lax.rem(g, 2)
                 if "softmax" in o.skip:
                     p, alpha, m_new = s, l, m
                 else:
                     s = masked(s * (scale * LOG2E), j)
                     m_new = jnp.maximum(m, s.max(axis=1))
+                    if o.lazy:
+                        m_new = jnp.where(m_new > m + 8, m_new, m)
                     alpha = jnp.exp2(m - m_new)
                     p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
                     l = l * alpha + p.sum(axis=1)
-                if last:
-                    plgpu.wait_smem_to_gmem(0)
 
-                @pl.when(n + j - lo > 0)
+                @pl.when(g > 1)
                 def _():
-                    plgpu.barrier_wait(p_free)
-                p_s[...] = p.astype(dtype)
-                stats[0] = alpha
-                if last:
-                    some = l > 0
-                    stats[1] = jnp.where(some, 1 / l, jnp.zeros_like(l))
-                    stats[2] = jnp.where(some, (m_new + jnp.log2(l)) / LOG2E, jnp.full_like(l, -jnp.inf))
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(p_full)
+                    plgpu.barrier_wait(p_free.at[at])
+                p_s[at] = p.astype(dtype)
+                if o.lazy:  # 2: leave the sum as it is
+                    grown = jnp.max(m_new - m)
+                    alpha = jnp.where(grown > 0, alpha, jnp.full_like(alpha, 2))
+                stats[at] = alpha
                 return m_new, l
 
-            def scores(acc):
-                issue(acc, lo)
-                return acc[...]
+            def finish(m, l):
+                at = 2 + lax.rem(n + hi - 1 - lo, 2)
+                some = l > 0
+                stats[at] = jnp.where(some, 1 / l, jnp.zeros_like(l))
+                lse = jnp.where(some, (m + jnp.log2(l)) / LOG2E, jnp.full_like(l, -jnp.inf))
+                whole = (lo == 0) & (hi == count)
 
-            def step(j, carry):
-                s, m, l = carry
+                @pl.when(whole)
+                def _():
+                    lse_r[row, tile] = lse
+
+                @pl.when(~whole)
+                def _():
+                    part_lse_r[2 * part + (lo == 0).astype(jnp.int32), tile] = lse
+
+            def publish(j):
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_full.at[lax.rem(n + j - lo, 2)])
+
+            def one(j, rope_first):
+                def scores(acc):
+                    issue(acc, j, rope_first)
+                    return acc[...]
+                s = pl.run_scoped(scores, plgpu.ACC((TALL, BLOCK), jnp.float32))
+                done(j)
+                return s
+
+            def two(i, carry):
+                m, l = carry
+                j = lo + 2 * i
+                s = one(j, True)
 
                 def overlap(acc):
-                    issue(acc, j + 1)
-                    state = publish(s, j, m, l, False)
+                    issue(acc, j + 1, False)
+                    state = soften_block(s, j, m, l)
+                    if not o.gate:
+                        publish(j)
                     return acc[...], *state
                 s, m, l = pl.run_scoped(overlap, plgpu.ACC((TALL, BLOCK), jnp.float32))
                 done(j + 1)
-                return s, m, l
+                if o.gate:
+                    publish(j)
+
+                @pl.when(j + 2 == hi)
+                def _():
+                    plgpu.barrier_arrive(q_free)
+                m, l = soften_block(s, j + 1, m, l)
+
+                @pl.when(j + 2 == hi)
+                def _():
+                    finish(m, l)
+                publish(j + 1)
+                return m, l
 
             plgpu.barrier_wait(q_full)
-            s = pl.run_scoped(scores, plgpu.ACC((TALL, BLOCK), jnp.float32))
-            done(lo)
             m = plgpu.layout_cast(jnp.full((TALL,), NEVER, jnp.float32), ROW)
             l = plgpu.layout_cast(jnp.zeros((TALL,), jnp.float32), ROW)
-            s, m, l = lax.fori_loop(lo, hi - 1, step, (s, m, l))
-            plgpu.barrier_arrive(q_free)
-            publish(s, hi - 1, m, l, True)
-            whole = (lo == 0) & (hi == count)
-            source = stats.at[2] if rows == TALL else stats.at[2, pl.ds(0, rows)]
+            m, l = lax.fori_loop(0, lax.div(hi - lo, 2), two, (m, l))
 
-            @pl.when(whole)
+            @pl.when(lax.rem(hi - lo, 2) == 1)
             def _():
-                plgpu.copy_smem_to_gmem(source, lse_r.at[row, mine])
-
-            @pl.when(~whole)
-            def _():
-                plgpu.copy_smem_to_gmem(stats.at[2], part_lse_r.at[2 * part + (lo == 0).astype(jnp.int32), tile])
+                s = one(hi - 1, True)
+                plgpu.barrier_arrive(q_free)
+                finish(*soften_block(s, hi - 1, m, l))
+                publish(hi - 1)
 
         def values(k):
             ring = rings[k]
@@ -249,48 +304,60 @@ def decode(
                 length, count = length_r[row], count_r[row]
 
                 def step(j, acc):
-                    at = lax.rem(n + j - lo, depth[k])
-                    plgpu.barrier_wait(p_full)
-                    alpha = plgpu.load(stats.at[0], (), layout=ROW)
-                    plgpu.barrier_wait(full[k].at[at])
+                    g = n + j - lo
+                    at, p_at = lax.rem(g, depth[k]), lax.rem(g, 2)
+                    for c in range(2):
+                        plgpu.barrier_wait(full[k].at[2 * at + c])
+                    plgpu.barrier_wait(p_full.at[p_at])
 
                     @pl.when((j + 1) * BLOCK > length)
                     def _():
                         for c in range(0, HALF, 64):
-                            chunk = ring.at[at, :, pl.ds(c, 64)]
+                            chunk = ring.at[at, c // 128, :, pl.ds(c % 128, 64)]
                             v = plgpu.load(chunk, (), layout=WG)
                             slot = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WG)
                             chunk[...] = jnp.where(slot + j * BLOCK < length, v, jnp.zeros_like(v))
                         plgpu.commit_smem()
 
+                    def rescale(acc):
+                        alpha = plgpu.load(stats.at[p_at], (), layout=ROW)
+                        return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
                     if "rescale" not in o.skip:
-                        acc = acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
+                        if o.lazy:
+                            acc = lax.cond(stats[p_at, 0] < 2, rescale, lambda acc: acc, acc)
+                        else:
+                            acc = rescale(acc)
 
                     def multiply(a):
                         for c in range(0, HALF, 128):
-                            plgpu.wgmma(a.at[:, pl.ds(c, 128)], p_s, ring.at[at, :, pl.ds(c, 128)])
+                            plgpu.wgmma(a.at[:, pl.ds(c, 128)], p_s.at[p_at], ring.at[at, c // 128])
                     if "pv" not in o.skip:
                         acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
 
                     @pl.when(j + 1 < hi)
                     def _():
-                        plgpu.barrier_arrive(p_free)
+                        plgpu.barrier_arrive(p_free.at[p_at])
                         plgpu.barrier_arrive(free[k].at[at])
                     return acc
 
                 acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), WG)
                 acc = lax.fori_loop(lo, hi, step, acc)
-                inverse = plgpu.load(stats.at[1], (), layout=ROW)
-                plgpu.barrier_arrive(p_free)
+                p_at = lax.rem(n + hi - 1 - lo, 2)
+                inverse = plgpu.load(stats.at[2 + p_at], (), layout=ROW)
+                plgpu.barrier_arrive(p_free.at[p_at])
                 acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
                 at = lax.rem(n + hi - 1 - lo, depth[k])
                 whole = (lo == 0) & (hi == count)
 
                 @pl.when(whole)
                 def _():
-                    ring[at] = acc.astype(dtype)
+                    for c in range(2):
+                        ring[at, c] = acc[:, c * 128 : (c + 1) * 128].astype(dtype)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(ring.at[(at, *everything)], out_r.at[row, mine, columns])
+                    for c in range(2):
+                        plgpu.copy_smem_to_gmem(
+                            ring.at[(at, c, *everything)],
+                            out_r.at[row, mine, pl.ds(k * HALF + c * 128, 128)])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(~whole)
@@ -307,7 +374,6 @@ def decode(
         def run_soften():
             plgpu.set_max_registers(o.registers[1], action="increase")
             items(soften)
-            plgpu.wait_smem_to_gmem(0)
 
         def run_produce():
             plgpu.set_max_registers(o.registers[2], action="decrease")
@@ -332,17 +398,17 @@ def decode(
             lambda *a: kernel(*refs, a),
             plgpu.SMEM((1, TALL, LATENT), dtype, transforms=TILED),
             plgpu.SMEM((TALL, ROPE), dtype, transforms=TILED),
-            plgpu.SMEM((o.lefts, BLOCK, HALF), dtype, transforms=TILED),
-            plgpu.SMEM((o.rights, BLOCK, HALF), dtype, transforms=TILED),
+            plgpu.SMEM((o.lefts, 2, BLOCK, HALF // 2), dtype, transforms=TILED),
+            plgpu.SMEM((o.rights, 2, BLOCK, HALF // 2), dtype, transforms=TILED),
             plgpu.SMEM((o.ropes, ROPE, BLOCK), dtype, transforms=TILED),
-            plgpu.SMEM((TALL, BLOCK), dtype, transforms=TILED),
-            plgpu.SMEM((3, TALL), jnp.float32),
+            plgpu.SMEM((2, TALL, BLOCK), dtype, transforms=TILED),
+            plgpu.SMEM((4, TALL), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(),
-            [plgpu.Barrier(num_barriers=k) for k in (o.lefts, o.rights, o.ropes)],
+            [plgpu.Barrier(num_barriers=k) for k in (2 * o.lefts, 2 * o.rights, o.ropes)],
             [release(k) for k in (o.lefts, o.rights, o.ropes)],
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=2, num_barriers=2),
             collective_axes="wg",
         )
 
@@ -354,7 +420,7 @@ def decode(
         entry,
         out_type=(
             jax.ShapeDtypeStruct((B, M, L), dtype),
-            jax.ShapeDtypeStruct((B, M), jnp.float32),
+            jax.ShapeDtypeStruct((B, tiles, TALL), jnp.float32),
             jax.ShapeDtypeStruct((2 * parts, tiles, TALL, LATENT), jnp.float32),
             jax.ShapeDtypeStruct((2 * parts, tiles, TALL), jnp.float32),
         ),
@@ -362,14 +428,14 @@ def decode(
         num_threads=4,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=1024,
+            approx_math=True, reduction_scratch_bytes=512,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(*schedule, lengths, layer, pages, q_BTNL.reshape(B, M, L), q_BTNR.reshape(B, M, ROPE),
       latent_YXZL.reshape(Y * X, Z, L), rope_YXRZ.reshape(Y * X, ROPE, Z))
     if combine:
         out, lse = _combine(schedule, parts, rows, out, lse, partial, partial_lse)
-    return out.reshape(q_BTNL.shape), lse.reshape(B, T, N)
+    return out.reshape(q_BTNL.shape), lse[:, :, :rows].reshape(B, T, N)
 
 
 def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
@@ -407,7 +473,7 @@ def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
                 m, l, acc = lax.fori_loop(part, end + 1, add, (m0, l0, acc))
                 some = l > 0
                 out_r[row, query] = (acc * jnp.where(some, 1 / l, 0.0)).astype(out.dtype)
-                lse_r[row, query] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
+                lse_r[row, tile, r] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
 
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     plgpu.kernel(
