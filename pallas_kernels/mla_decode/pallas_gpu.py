@@ -445,8 +445,7 @@ def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
     M = out.shape[1]
 
     def body(first_r, start_r, count_r, payload_r, part_r, part_lse_r, out_r, lse_r):
-        part = lax.axis_index("cut") + 1
-        query = lax.axis_index("query")
+        part, query = lax.axis_index("cut") + 1, lax.axis_index("query")
         tile, r = lax.div(query, rows), lax.rem(query, rows)
         row = first_r[part]
         payload = payload_r[0]
@@ -476,11 +475,10 @@ def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
                 lse_r[row, tile, r] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
 
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-    plgpu.kernel(
+    pl.kernel(
         body,
-        out_type=(),
-        grid=(parts - 1, M),
-        grid_names=("cut", "query"),
+        mesh=plgpu.Mesh(grid=(parts - 1, M), grid_names=("cut", "query")),
+        name="mla_decode_combine",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
