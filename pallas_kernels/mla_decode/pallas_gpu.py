@@ -35,7 +35,7 @@ class Options(NamedTuple):
     lazy: bool = True
     gate: bool = True
     cluster: bool = False
-    registers: tuple[int, int, int] = (168, 152, 24)  # values, softmax, producer
+    registers: tuple[int, int, int] = (176, 136, 24)  # values, softmax, producer
     skip: tuple[str, ...] = ()
 
 
@@ -106,6 +106,12 @@ def decode(
         everything = (slice(None),) if rows == TALL else (pl.ds(0, rows),)
         payload = payload_r[0]
         depth = (o.lefts, o.rights, o.ropes)
+
+        def freed(k, at):
+            return free.at[(0, o.lefts, o.lefts + o.rights)[k] + at]
+
+        def filled(k, at, c=0):
+            return full.at[2 * (o.lefts + o.rights) + at if k == 2 else 2 * (k * o.lefts + at) + c]
         rings = (left_s, right_s, rope_s)
 
         def items(body):
@@ -140,7 +146,7 @@ def decode(
                 def wait(k):
                     @pl.when(g >= depth[k])
                     def _():
-                        plgpu.barrier_wait(free[k].at[at[k]])
+                        plgpu.barrier_wait(freed(k, at[k]))
 
                 def copy(source, target, barrier):
                     if "load" in o.skip:
@@ -151,12 +157,12 @@ def decode(
 
                 def halves(k, c):
                     copy(latents.at[:, pl.ds(k * HALF + c * 128, 128)],
-                         rings[k].at[at[k], c], full[k].at[2 * at[k] + c])
+                         rings[k].at[at[k], c], filled(k, at[k], c))
                 second = lax.rem(j - lo, 2)
 
                 def rope():
                     wait(2)
-                    copy(rope_r.at[base + place, :, slots], rope_s.at[at[2]], full[2].at[at[2]])
+                    copy(rope_r.at[base + place, :, slots], rope_s.at[at[2]], filled(2, at[2]))
                 pl.when(second == 0)(rope)
                 wait(0)
                 halves(0, 0)
@@ -178,13 +184,13 @@ def decode(
                 go = "qk" not in o.skip
 
                 def rope():
-                    plgpu.barrier_wait(full[2].at[at[2]])
+                    plgpu.barrier_wait(filled(2, at[2]))
                     plgpu.wgmma(acc, qr_s, rope_s.at[at[2]])
                 if rope_first:
                     rope()
                 for k in range(2):
                     for c in range(2):
-                        plgpu.barrier_wait(full[k].at[2 * at[k] + c])
+                        plgpu.barrier_wait(filled(k, at[k], c))
                         if go:
                             plgpu.wgmma(acc, q.at[:, pl.ds(k * HALF + c * 128, 128)],
                                         rings[k].at[at[k], c].T)
@@ -192,7 +198,7 @@ def decode(
                     rope()
 
             def done(j):
-                plgpu.barrier_arrive(free[2].at[lax.rem(n + j - lo, o.ropes)])
+                plgpu.barrier_arrive(freed(2, lax.rem(n + j - lo, o.ropes)))
 
             def masked(s, j):
                 def mask(s):
@@ -298,25 +304,26 @@ def decode(
 
         def values(k):
             ring = rings[k]
-            columns = pl.ds(k * HALF, HALF)
 
             def body(row, lo, hi, n):
-                length, count = length_r[row], count_r[row]
+                count, end = count_r[row], n + hi - lo
+                whole = (lo == 0) & (hi == count)
+                # Slots that the row has in the last block of these.
+                left = length_r[row] - (hi - 1) * BLOCK
 
-                def step(j, acc):
-                    g = n + j - lo
+                def step(g, acc):
                     at, p_at = lax.rem(g, depth[k]), lax.rem(g, 2)
                     for c in range(2):
-                        plgpu.barrier_wait(full[k].at[2 * at + c])
+                        plgpu.barrier_wait(filled(k, at, c))
                     plgpu.barrier_wait(p_full.at[p_at])
 
-                    @pl.when((j + 1) * BLOCK > length)
+                    @pl.when((g + 1 == end) & (left < BLOCK))
                     def _():
                         for c in range(0, HALF, 64):
                             chunk = ring.at[at, c // 128, :, pl.ds(c % 128, 64)]
                             v = plgpu.load(chunk, (), layout=WG)
                             slot = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WG)
-                            chunk[...] = jnp.where(slot + j * BLOCK < length, v, jnp.zeros_like(v))
+                            chunk[...] = jnp.where(slot < left, v, jnp.zeros_like(v))
                         plgpu.commit_smem()
 
                     def rescale(acc):
@@ -329,25 +336,23 @@ def decode(
                             acc = rescale(acc)
 
                     def multiply(a):
-                        for c in range(0, HALF, 128):
-                            plgpu.wgmma(a.at[:, pl.ds(c, 128)], p_s.at[p_at], ring.at[at, c // 128])
+                        for c in range(2):
+                            plgpu.wgmma(a.at[:, pl.ds(c * 128, 128)], p_s.at[p_at], ring.at[at, c])
                     if "pv" not in o.skip:
                         acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
 
-                    @pl.when(j + 1 < hi)
+                    @pl.when(g + 1 < end)
                     def _():
                         plgpu.barrier_arrive(p_free.at[p_at])
-                        plgpu.barrier_arrive(free[k].at[at])
+                        plgpu.barrier_arrive(freed(k, at))
                     return acc
 
                 acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), WG)
-                acc = lax.fori_loop(lo, hi, step, acc)
-                p_at = lax.rem(n + hi - 1 - lo, 2)
+                acc = lax.fori_loop(n, end, step, acc)
+                p_at, at = lax.rem(end - 1, 2), lax.rem(end - 1, depth[k])
                 inverse = plgpu.load(stats.at[2 + p_at], (), layout=ROW)
                 plgpu.barrier_arrive(p_free.at[p_at])
                 acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-                at = lax.rem(n + hi - 1 - lo, depth[k])
-                whole = (lo == 0) & (hi == count)
 
                 @pl.when(whole)
                 def _():
@@ -362,8 +367,8 @@ def decode(
 
                 @pl.when(~whole)
                 def _():
-                    part_r[2 * part + (lo == 0).astype(jnp.int32), tile, :, columns] = acc
-                plgpu.barrier_arrive(free[k].at[at])
+                    part_r[2 * part + (lo == 0).astype(jnp.int32), tile, :, pl.ds(k * HALF, HALF)] = acc
+                plgpu.barrier_arrive(freed(k, at))
             return body
 
         def run_values(k):
@@ -382,7 +387,7 @@ def decode(
                 for k in range(3):
                     @pl.loop(jnp.maximum(total - depth[k], 0), total)
                     def _(g, k=k):
-                        plgpu.barrier_wait(free[k].at[lax.rem(g, depth[k])])
+                        plgpu.barrier_wait(freed(k, lax.rem(g, depth[k])))
 
         lax.cond(w < 2,
                  lambda: lax.cond(w == 0, lambda: run_values(0), lambda: run_values(1)),
@@ -405,8 +410,8 @@ def decode(
             plgpu.SMEM((4, TALL), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(),
-            [plgpu.Barrier(num_barriers=k) for k in (2 * o.lefts, 2 * o.rights, o.ropes)],
-            [release(k) for k in (o.lefts, o.rights, o.ropes)],
+            plgpu.Barrier(num_barriers=2 * (o.lefts + o.rights) + o.ropes),
+            release(o.lefts + o.rights + o.ropes),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             collective_axes="wg",
