@@ -26,6 +26,7 @@ ROW = WG.reduce(1)
 LOG2E = math.log2(math.e)
 NEVER = -1e30
 START_COST = 2  # blocks
+QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a half, of which half
 
 
 class Options(NamedTuple):
@@ -34,6 +35,8 @@ class Options(NamedTuple):
     ropes: int = 1
     lazy: bool = True
     gate: bool = True
+    ahead: int = 2  # blocks fetched into L2 ahead of the copy
+    early: bool = True
     cluster: bool = False
     registers: tuple[int, int, int] = (176, 136, 24)  # values, softmax, producer
     skip: tuple[str, ...] = ()
@@ -107,11 +110,14 @@ def decode(
         payload = payload_r[0]
         depth = (o.lefts, o.rights, o.ropes)
 
-        def freed(k, at):
-            return free.at[(0, o.lefts, o.lefts + o.rights)[k] + at]
+        def place_of(k, at, c=0):
+            return 2 * (o.lefts + o.rights) + at if k == 2 else 2 * (k * o.lefts + at) + c
 
-        def filled(k, at, c=0):
-            return full.at[2 * (o.lefts + o.rights) + at if k == 2 else 2 * (k * o.lefts + at) + c]
+        def freed(*place):
+            return free.at[place_of(*place)]
+
+        def filled(*place):
+            return full.at[place_of(*place)]
         rings = (left_s, right_s, rope_s)
 
         def items(body):
@@ -131,45 +137,54 @@ def decode(
             plgpu.copy_gmem_to_smem(qr_r.at[row, mine], qr_s.at[everything], q_full)
             base = layer_r[0] * X
 
-            @pl.loop(lo, hi)
-            def _(j):
-                g = n + j - lo
-                slot = j * BLOCK
-                place = row
+            def sources(j):
+                slot, place = j * BLOCK, row
                 if pages_BP is not None:
                     place = page_r[row, lax.div(slot, Z)]
                     slot = lax.rem(slot, Z)
                 slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-                latents = latent_r.at[base + place, slots]
+                return latent_r.at[base + place, slots], rope_r.at[base + place, :, slots]
+
+            def prefetch(j):
+                latents, rope = sources(j)
+                if tiles % 2 == 0:
+                    half = lax.axis_index("pair") if cluster else lax.rem(tile, 2)
+                    plgpu.async_prefetch(latents.at[:, pl.ds(half * HALF, HALF)])
+                    pl.when(half == 0)(lambda: plgpu.async_prefetch(rope))
+                else:
+                    plgpu.async_prefetch(latents.at[:, pl.ds(0, HALF)])
+                    plgpu.async_prefetch(latents.at[:, pl.ds(HALF, HALF)])
+                    plgpu.async_prefetch(rope)
+
+            if o.ahead:
+                @pl.loop(lo, jnp.minimum(lo + o.ahead, hi))
+                def _(j):
+                    prefetch(j)
+
+            @pl.loop(lo, hi)
+            def _(j):
+                g = n + j - lo
+                if o.ahead:
+                    pl.when(j + o.ahead < hi)(lambda: prefetch(j + o.ahead))
+                latents, ropes = sources(j)
                 at = [lax.rem(g, d) for d in depth]
-
-                def wait(k):
-                    @pl.when(g >= depth[k])
-                    def _():
-                        plgpu.barrier_wait(freed(k, at[k]))
-
-                def copy(source, target, barrier):
-                    if "load" in o.skip:
-                        plgpu.barrier_arrive(barrier)
-                    else:
-                        plgpu.copy_gmem_to_smem(source, target, barrier,
-                                                collective_axes=("pair",) if cluster else None)
-
-                def halves(k, c):
-                    copy(latents.at[:, pl.ds(k * HALF + c * 128, 128)],
-                         rings[k].at[at[k], c], filled(k, at[k], c))
                 second = lax.rem(j - lo, 2)
 
+                def load(k, c, source, target):
+                    @pl.when(g >= depth[k])
+                    def _():
+                        plgpu.barrier_wait(freed(k, at[k], c))
+                    if "load" in o.skip:
+                        plgpu.barrier_arrive(filled(k, at[k], c))
+                    else:
+                        plgpu.copy_gmem_to_smem(source, target, filled(k, at[k], c),
+                                                collective_axes=("pair",) if cluster else None)
+
                 def rope():
-                    wait(2)
-                    copy(rope_r.at[base + place, :, slots], rope_s.at[at[2]], filled(2, at[2]))
+                    load(2, 0, ropes, rope_s.at[at[2]])
                 pl.when(second == 0)(rope)
-                wait(0)
-                halves(0, 0)
-                halves(0, 1)
-                wait(1)
-                halves(1, 0)
-                halves(1, 1)
+                for c, k in QUARTERS:
+                    load(k, c, latents.at[:, pl.ds(k * HALF + c * 128, 128)], rings[k].at[at[k], c])
                 pl.when(second == 1)(rope)
 
         def soften(row, lo, hi, n):
@@ -188,12 +203,11 @@ def decode(
                     plgpu.wgmma(acc, qr_s, rope_s.at[at[2]])
                 if rope_first:
                     rope()
-                for k in range(2):
-                    for c in range(2):
-                        plgpu.barrier_wait(filled(k, at[k], c))
-                        if go:
-                            plgpu.wgmma(acc, q.at[:, pl.ds(k * HALF + c * 128, 128)],
-                                        rings[k].at[at[k], c].T)
+                for c, k in QUARTERS:
+                    plgpu.barrier_wait(filled(k, at[k], c))
+                    if go:
+                        plgpu.wgmma(acc, q.at[:, pl.ds(k * HALF + c * 128, 128)],
+                                    rings[k].at[at[k], c].T)
                 if not rope_first:
                     rope()
 
@@ -338,13 +352,21 @@ def decode(
                     def multiply(a):
                         for c in range(2):
                             plgpu.wgmma(a.at[:, pl.ds(c * 128, 128)], p_s.at[p_at], ring.at[at, c])
+                        if o.early:
+                            plgpu.wgmma_wait(1)
+
+                            @pl.when(g + 1 < end)
+                            def _():
+                                plgpu.barrier_arrive(freed(k, at, 0))
                     if "pv" not in o.skip:
                         acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
 
                     @pl.when(g + 1 < end)
                     def _():
                         plgpu.barrier_arrive(p_free.at[p_at])
-                        plgpu.barrier_arrive(freed(k, at))
+                        if not o.early:
+                            plgpu.barrier_arrive(freed(k, at, 0))
+                        plgpu.barrier_arrive(freed(k, at, 1))
                     return acc
 
                 acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), WG)
@@ -368,7 +390,8 @@ def decode(
                 @pl.when(~whole)
                 def _():
                     part_r[2 * part + (lo == 0).astype(jnp.int32), tile, :, pl.ds(k * HALF, HALF)] = acc
-                plgpu.barrier_arrive(freed(k, at))
+                plgpu.barrier_arrive(freed(k, at, 0))
+                plgpu.barrier_arrive(freed(k, at, 1))
             return body
 
         def run_values(k):
@@ -387,7 +410,8 @@ def decode(
                 for k in range(3):
                     @pl.loop(jnp.maximum(total - depth[k], 0), total)
                     def _(g, k=k):
-                        plgpu.barrier_wait(freed(k, lax.rem(g, depth[k])))
+                        for c in range(1 + (k < 2)):
+                            plgpu.barrier_wait(freed(k, lax.rem(g, depth[k]), c))
 
         lax.cond(w < 2,
                  lambda: lax.cond(w == 0, lambda: run_values(0), lambda: run_values(1)),
@@ -411,7 +435,7 @@ def decode(
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(),
             plgpu.Barrier(num_barriers=2 * (o.lefts + o.rights) + o.ropes),
-            release(o.lefts + o.rights + o.ropes),
+            release(2 * (o.lefts + o.rights) + o.ropes),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
             collective_axes="wg",
@@ -450,7 +474,8 @@ def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
     M = out.shape[1]
 
     def body(first_r, start_r, count_r, payload_r, part_r, part_lse_r, out_r, lse_r):
-        part, query = lax.axis_index("cut") + 1, lax.axis_index("query")
+        part = lax.axis_index("cut") + 1
+        query = lax.axis_index("query") * 4 + lax.axis_index("wg")
         tile, r = lax.div(query, rows), lax.rem(query, rows)
         row = first_r[part]
         payload = payload_r[0]
@@ -482,7 +507,9 @@ def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     pl.kernel(
         body,
-        mesh=plgpu.Mesh(grid=(parts - 1, M), grid_names=("cut", "query")),
+        mesh=plgpu.Mesh(
+            grid=(parts - 1, M // 4), grid_names=("cut", "query"), num_threads=4, thread_name="wg"
+        ),
         name="mla_decode_combine",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
