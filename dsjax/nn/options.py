@@ -63,7 +63,10 @@ class Remat(enum.Enum):
     V3 = "v3"  # norms, MLA up-projections, SwiGLU's product (V3, section 3.2.3)
 
     def wrap(self, layer: Callable) -> Callable:
-        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows."""
+        """`layer`, as a body of `jax.lax.scan`, keeping no more than this allows. Where
+        several layers are one body, the compiler may see that what would be computed
+        again is at hand, and keep it.
+        """
         policies = jax.checkpoint_policies
         match self:
             case Remat.NONE:

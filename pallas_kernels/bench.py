@@ -1,0 +1,208 @@
+"""Every operation, at the shapes of the models, against what else the machine has.
+
+    python -m pallas_kernels.bench                     # all, a table in Markdown
+    python -m pallas_kernels.bench mla_decode --json   # one operation, for machines
+
+Needs a Hopper GPU. One run draws fresh operands, poisons the memory that outputs may come
+to lie in, compares each contestant with float32, and times kernels alone, without the
+host. Shares are of the ceilings that the same run measures.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.measure import (
+    Case,
+    device_ms,
+    poison,
+    relative_error,
+    torch_ms,
+)
+
+OPERATIONS = ("mla_decode", "flash_attention", "grouped_matmul", "fp8_matmul")
+
+
+class Ceilings(NamedTuple):
+    """What this GPU does at best: of products FLOP/s, of reading bytes/s."""
+
+    bfloat16: float
+    float8: float
+    read: float
+
+
+class Row(NamedTuple):
+    """One contestant at one shape; None where it could not run, with `note`."""
+
+    operation: str
+    case: str
+    who: str
+    ms: float | None = None
+    error: float | None = None
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None
+    share: float | None = None  # of the ceiling that binds
+    ratio: float | None = None  # this one's time over ours
+    note: str = ""
+
+
+def measure_ceilings() -> Ceilings:
+    """A product of 8192 x 8192 x 8192 in both dtypes; the sum of 4 GiB."""
+    size, keys = 8192, jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+
+    def product(dtype):
+        x, y = a.astype(dtype), b.astype(dtype)
+        multiply = jax.jit(
+            lambda x, y: jnp.einsum(
+                "mk,nk->mn", x, y, preferred_element_type=jnp.bfloat16
+            )
+        )
+        return 2 * size**3 / (device_ms(multiply, x, y) / 1e3)
+
+    large = jax.random.normal(keys[0], (2**31,), jnp.bfloat16)
+    read = large.nbytes / (device_ms(jax.jit(jnp.max), large) / 1e3)
+    return Ceilings(product(jnp.bfloat16), product(jnp.float8_e4m3fn), read)
+
+
+def run_case(case: Case, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
+    """A row for each contestant, ours first."""
+    operands = jax.jit(case.inputs)(key)
+    exact = jax.jit(case.exact)(*operands)
+    peak = ceilings.float8 if "fp8" in case.operation else ceilings.bfloat16
+    floor_s = max(case.flops / peak, case.bytes / ceilings.read)
+    ours = None
+
+    def row(who: str, ms: float, error: float) -> Row:
+        nonlocal ours
+        ours = ours or ms
+        seconds = ms / 1e3
+        return Row(
+            *(case.operation, case.name, who, ms, error),
+            case.flops / seconds,
+            case.bytes / seconds,
+            floor_s / seconds,
+            ms / ours,
+            case.target if ours == ms else "",
+        )
+
+    for who, function in case.contestants.items():
+        try:
+            run = jax.jit(function).lower(*operands).compile()
+            poison(jax.eval_shape(function, *operands))
+            found = jax.tree.leaves(run(*operands))[0]
+            error = float(relative_error(found, exact))
+            del found
+            yield row(who, device_ms(run, *operands), error)
+        except Exception as problem:  # one that cannot must not end the others' run
+            note = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
+            yield Row(case.operation, case.name, who, note=note)
+    yield from _run_torch(case, operands, exact, row)
+
+
+def _run_torch(case: Case, operands, exact, row) -> Iterator[Row]:
+    if case.torch is None:
+        return
+    try:
+        import torch
+    except ImportError:
+        return
+    try:
+        tensors = [_tensor(torch, operand) for operand in operands]
+        contestants = case.torch()
+    except Exception as problem:
+        yield Row(case.operation, case.name, "torch", note=str(problem)[:80])
+        return
+    for who, function in contestants.items():
+        try:
+            found = function(*tensors)
+            found = jnp.from_dlpack(found.contiguous())
+            error = float(relative_error(found, exact))
+            del found
+            yield row(who, torch_ms(function, *tensors), error)
+        except Exception as problem:
+            note = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
+            yield Row(case.operation, case.name, who, note=note)
+    del tensors
+    torch.cuda.empty_cache()
+
+
+def _tensor(torch, operand: jax.Array):
+    """The same memory as a tensor; 8-bit floats travel as bytes."""
+    if operand.dtype == jnp.float8_e4m3fn:
+        as_bytes = jax.lax.bitcast_convert_type(operand, jnp.uint8)
+        return torch.from_dlpack(as_bytes).view(torch.float8_e4m3fn)
+    return torch.from_dlpack(operand)
+
+
+def table(rows: list[Row], ceilings: Ceilings) -> str:
+    """Markdown."""
+    lines = [
+        f"Ceilings: bfloat16 {ceilings.bfloat16 / 1e12:.0f} TFLOP/s, float8 "
+        f"{ceilings.float8 / 1e12:.0f} TFLOP/s, reading {ceilings.read / 1e9:.0f} GB/s.",
+        "",
+        "| operation | shape | who | ms | TFLOP/s | GB/s | of the floor | time over ours "
+        "| error | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        if r.ms is None:
+            lines.append(
+                f"| {r.operation} | {r.case} | {r.who} | | | | | | | {r.note} |"
+            )
+            continue
+        lines.append(
+            f"| {r.operation} | {r.case} | {r.who} | {r.ms:.4f} "
+            f"| {r.flops_per_second / 1e12:.0f} | {r.bytes_per_second / 1e9:.0f} "
+            f"| {r.share:.0%} | {r.ratio:.2f} | {r.error:.1e} | {r.note} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; exit code 2 where there is no Hopper GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("operations", nargs="*", metavar="OPERATION")
+    parser.add_argument("--json", action="store_true", help="a line of JSON a row")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.operations if name not in OPERATIONS]
+    if unknown:
+        print(f"operations are {', '.join(OPERATIONS)}, not {unknown}", file=sys.stderr)
+        return 2
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not device.compute_capability.startswith("9."):
+        print(f"needs a Hopper GPU, not {device.device_kind}", file=sys.stderr)
+        return 2
+    ceilings, rows = measure_ceilings(), []
+    for name in options.operations or OPERATIONS:
+        cases = importlib.import_module(f"pallas_kernels.{name}.bench").CASES
+        for number, case in enumerate(cases):
+            print(f"{name}: {case.name} ({number + 1}/{len(cases)})", file=sys.stderr)
+            key = jax.random.fold_in(jax.random.key(options.seed), number)
+            for row in run_case(case, ceilings, key):
+                rows.append(row)
+                if options.json:
+                    print(json.dumps(row._asdict()), flush=True)
+            gc.collect()
+    if options.json:
+        print(json.dumps({"device": device.device_kind} | ceilings._asdict()))
+    else:
+        print(f"{device.device_kind}, jax {jax.__version__}\n")
+        print(table(rows, ceilings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

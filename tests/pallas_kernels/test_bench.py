@@ -1,0 +1,58 @@
+"""The benchmark's table, on cases of our own and with a clock of our own."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import bench
+from pallas_kernels.measure import Case, relative_error
+
+CEILINGS = bench.Ceilings(bfloat16=8e14, float8=16e14, read=4e12)
+
+
+def square(x):
+    return (x.astype(jnp.float32) ** 2).astype(x.dtype)
+
+
+def broken(x):
+    raise NotImplementedError("no such shape")
+
+
+CASE = Case(
+    operation="square",
+    name="a vector of 1000",
+    inputs=lambda key: (jax.random.normal(key, (1000,), jnp.bfloat16),),
+    contestants={"ours": square, "half": lambda x: square(x) / 2, "broken": broken},
+    exact=lambda x: x.astype(jnp.float32) ** 2,
+    flops=8_000_000,
+    bytes=4000,
+    target=">= 1x half",
+)
+
+
+def test_rows_have_errors_rates_and_what_failed(monkeypatch):
+    times = iter([2.0, 3.0])
+    monkeypatch.setattr(bench, "device_ms", lambda run, *operands: next(times))
+    ours, half, failed = bench.run_case(CASE, CEILINGS, jax.random.key(0))
+    assert ours.error < 4e-3 and half.error == pytest.approx(0.5, abs=1e-3)
+    assert (ours.ms, ours.ratio, half.ratio) == (2.0, 1.0, 1.5)
+    assert ours.flops_per_second == pytest.approx(4e9)
+    assert ours.share == pytest.approx(1e-8 / 2e-3)  # compute binds: 8e6 / 8e14 s
+    assert ours.note == ">= 1x half" and not half.note
+    assert failed.ms is None and "no such shape" in failed.note
+    assert "no such shape" in bench.table([ours, half, failed], CEILINGS)
+
+
+def test_relative_error():
+    exact = jnp.array([3.0, 4.0])
+    found = jnp.array([3.0, 4.5], jnp.bfloat16)
+    assert relative_error(found, exact) == pytest.approx(0.1)
+    assert jnp.isnan(relative_error(jnp.array([jnp.nan, 4.0]), exact))
+
+
+@pytest.mark.parametrize("arguments", [["no_such"], []])
+def test_what_cannot_run_is_one_line_and_exit_code_2(arguments, capsys):
+    assert bench.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert "no_such" in err or "Hopper" in err
