@@ -29,6 +29,29 @@ START_COST = 2  # blocks
 QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a half, of which half
 
 
+def lacks(q_BTNL: Array, q_BTNR: Array, latent_YXZL: Array) -> str:
+    """Why the kernel does not take these, or nothing."""
+    B, T, N, L = q_BTNL.shape
+    dtypes = {x.dtype.name for x in (q_BTNL, q_BTNR, latent_YXZL)}
+    if dtypes != {"bfloat16"}:
+        return f"takes bfloat16, not {', '.join(sorted(dtypes))}"
+    if (L, q_BTNR.shape[-1]) != (LATENT, ROPE):
+        return f"takes sizes {LATENT} and {ROPE}, not {L} and {q_BTNR.shape[-1]}"
+    if latent_YXZL.shape[2] % BLOCK:
+        return f"rows or pages of {latent_YXZL.shape[2]} slots, not multiples of {BLOCK}"
+    tiles = -(-T * N // TALL)
+    if T * N % (8 * tiles) or tiles > SMS:
+        return f"{T} tokens of {N} heads are no equal tiles of 8 to {TALL} queries"
+    return "" if _is_hopper() else "is for GPUs of Hopper's generation"
+
+
+def _is_hopper() -> bool:
+    """Whether the GPU at hand is one; without a GPU, what is compiled for is taken to be."""
+    if jax.default_backend() != "gpu":
+        return True
+    return jax.devices()[0].compute_capability.startswith("9.")
+
+
 class Options(NamedTuple):
     lefts: int = 2
     rights: int = 2
