@@ -57,7 +57,10 @@ class Options(NamedTuple):
     rights: int = 2
     ropes: int = 1
     lazy: bool = True
-    gate: bool = True
+    gate: bool = False
+    chain: bool = True
+    stagger: bool = True
+    rs: bool = False
     ahead: int = 2  # blocks fetched into L2 ahead of the copy
     early: bool = True
     cluster: bool = False
@@ -70,32 +73,39 @@ class Plan(NamedTuple):
     last: Array
     starts: Array
     counts: Array
-    payload: Array
+    longest: Array
+    total: Array
+
+
+def shares(longest, total, rows: int, parts: int):
+    """(whether rows are cut evenly, what a row then takes, what a part takes)."""
+    each, cuts = -(-rows // parts), max(1, parts // rows)
+    even = lax.div(total + START_COST * rows + parts - 1, jnp.int32(parts))
+    if cuts == 1:
+        same = longest + START_COST
+        equal = each * same
+    else:
+        equal = lax.div(longest + cuts - 1, jnp.int32(cuts))
+        same = equal * cuts
+    uniform = equal * 20 <= even * 21
+    return uniform, same, jnp.where(uniform, equal, even)
 
 
 def plan(lengths, slots, tiles):
     parts = max(1, SMS // tiles)
     B = lengths.shape[0]
     lengths = jnp.clip(lengths, 0, slots).astype(jnp.int32)
-    counts = jnp.maximum(1, -(-lengths // BLOCK))
-    longest = counts.max()
-    rows_each, cuts = -(-B // parts), max(1, parts // B)
-    even = -(-(counts.sum() + START_COST * B) // parts)
-    if cuts == 1:
-        same = longest + START_COST
-        equal = rows_each * same
-    else:
-        equal = -(-longest // cuts)
-        same = equal * cuts
-    uniform = equal * 20 <= even * 21
-    costs = jnp.where(uniform, same, counts + START_COST)
-    payload = jnp.where(uniform, equal, even)
-    b = jnp.arange(B)
-    starts = jnp.where(b[:, None] > b, costs, 0).sum(1).astype(jnp.int32)
+    counts = jnp.maximum(1, lax.div(lengths + BLOCK - 1, jnp.int32(BLOCK)))
+    longest, total = counts.max(), counts.sum()
+    uniform, same, payload = shares(longest, total, B, parts)
+    b = jnp.arange(B, dtype=jnp.int32)
+    costs = counts + START_COST
+    starts = jnp.where(b[:, None] > b, costs, 0).sum(1, dtype=jnp.int32)
+    starts = jnp.where(uniform, b * same, starts)
     begin = jnp.arange(parts, dtype=jnp.int32)[:, None] * payload
-    first = (starts + counts <= begin).sum(1).astype(jnp.int32)
-    last = (starts < begin + payload).sum(1).astype(jnp.int32)
-    return Plan(first, last, starts, counts, payload[None].astype(jnp.int32)), parts
+    first = (starts + counts <= begin).sum(1, dtype=jnp.int32)
+    last = (starts < begin + payload).sum(1, dtype=jnp.int32)
+    return Plan(first, last, starts, counts, longest[None], total[None]), parts
 
 
 def decode(
@@ -119,10 +129,10 @@ def decode(
         pages = jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32)
     dtype = q_BTNL.dtype
 
-    def kernel(first_r, last_r, start_r, count_r, payload_r, length_r, layer_r, page_r,
+    def kernel(first_r, last_r, start_r, count_r, longest_r, total_r, length_r, layer_r, page_r,
                q_r, qr_r, latent_r, rope_r, out_r, lse_r, part_r, part_lse_r, scoped):
         (q_s, qr_s, left_s, right_s, rope_s, p_s, stats,
-         q_full, q_free, full, free, p_full, p_free) = scoped
+         q_full, q_free, full, free, p_full, p_free, turn) = scoped
         part = lax.axis_index("part")
         tile = lax.axis_index("tile")
         if cluster:
@@ -130,7 +140,7 @@ def decode(
         w = lax.axis_index("wg")
         mine = pl.ds(tile * rows, rows)
         everything = (slice(None),) if rows == TALL else (pl.ds(0, rows),)
-        payload = payload_r[0]
+        _, _, payload = shares(longest_r[0], total_r[0], B, parts)
         depth = (o.lefts, o.rights, o.ropes)
 
         def place_of(k, at, c=0):
@@ -303,15 +313,23 @@ def decode(
             def two(i, carry):
                 m, l = carry
                 j = lo + 2 * i
-                s = one(j, True)
 
-                def overlap(acc):
-                    issue(acc, j + 1, False)
+                def both(acc, acc_next):
+                    issue(acc, j, True)
+                    if o.chain:
+                        issue(acc_next, j + 1, False)
+                        s = plgpu.wgmma_accumulator_load(acc, wait_n=5)
+                        done(j)
+                    else:
+                        s = acc[...]
+                        done(j)
+                        issue(acc_next, j + 1, False)
                     state = soften_block(s, j, m, l)
                     if not o.gate:
                         publish(j)
-                    return acc[...], *state
-                s, m, l = pl.run_scoped(overlap, plgpu.ACC((TALL, BLOCK), jnp.float32))
+                    return acc_next[...], *state
+                block = plgpu.ACC((TALL, BLOCK), jnp.float32)
+                s, m, l = pl.run_scoped(both, block, block)
                 done(j + 1)
                 if o.gate:
                     publish(j)
@@ -372,12 +390,19 @@ def decode(
                         else:
                             acc = rescale(acc)
 
+                    if o.stagger and k == 1:
+                        plgpu.barrier_wait(turn)
+
+                    p = plgpu.load(p_s.at[p_at], (), layout=WG) if o.rs else p_s.at[p_at]
+
                     def multiply(a):
                         for c in range(2):
-                            plgpu.wgmma(a.at[:, pl.ds(c * 128, 128)], p_s.at[p_at], ring.at[at, c])
-                        if o.early:
+                            plgpu.wgmma(a.at[:, pl.ds(c * 128, 128)], p, ring.at[at, c])
+                        if o.early or (o.stagger and k == 0):
                             plgpu.wgmma_wait(1)
-
+                        if o.stagger and k == 0:
+                            plgpu.barrier_arrive(turn)
+                        if o.early:
                             @pl.when(g + 1 < end)
                             def _():
                                 plgpu.barrier_arrive(freed(k, at, 0))
@@ -461,6 +486,7 @@ def decode(
             release(2 * (o.lefts + o.rights) + o.ropes),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            plgpu.Barrier(),
             collective_axes="wg",
         )
 
@@ -491,51 +517,68 @@ def decode(
 
 
 def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
-    """Puts together the rows that are cut, in place: the first cut of each does."""
+    """Puts together the rows that are cut, in place."""
     if parts == 1:
         return out, lse
-    M = out.shape[1]
+    B, M, _ = out.shape
+    # Many rows have few cuts each, a few have many.
+    turns, queries, deep = (4, 2, 4) if B >= 32 else (1, 1, 16)
 
-    def body(first_r, start_r, count_r, payload_r, part_r, part_lse_r, out_r, lse_r):
-        part = lax.axis_index("cut") + 1
-        query = lax.axis_index("query") * 4 + lax.axis_index("wg")
-        tile, r = lax.div(query, rows), lax.rem(query, rows)
-        row = first_r[part]
-        payload = payload_r[0]
+    def body(start_r, count_r, longest_r, total_r, part_r, part_lse_r, out_r, lse_r):
+        row = lax.axis_index("row")
+        _, _, payload = shares(longest_r[0], total_r[0], B, parts)
+        start = start_r[row]
+        begin = lax.div(start, payload)
+        cuts = lax.div(start + count_r[row] - 1, payload) - begin + 1
 
-        @pl.when(row < out.shape[0])
+        def add(i, carry, places):
+            slots, visible = [], []
+            for k in range(deep):
+                cut = i * deep + k
+                visible.append(cut < cuts)
+                slot = 2 * (begin + jnp.minimum(cut, cuts - 1))
+                slots.append(slot + (cut == 0).astype(jnp.int32))
+            sums = []
+            for (m, l, acc), place in zip(carry, places):
+                x = [part_lse_r[slot, *place] for slot in slots]
+                x = [jnp.where(v, lse, -jnp.inf) for v, lse in zip(visible, x)]
+                highest = functools.reduce(jnp.maximum, x, m)
+                scale = jnp.exp2((m - highest) * LOG2E)
+                l, acc = l * scale, acc * scale
+                for slot, lse in zip(slots, x):
+                    weight = jnp.exp2((lse - highest) * LOG2E)
+                    l, acc = l + weight, acc + part_r[slot, *place] * weight
+                sums.append((highest, l, acc))
+            return sums
+
+        @pl.when(cuts > 1)
         def _():
-            start, count = start_r[row], count_r[row]
-            before = part * payload - start
-
-            @pl.when((before > 0) & (before <= payload))
-            def _():
-                m0 = jnp.maximum(part_lse_r[2 * part - 1, tile, r], NEVER)
-                l0 = jnp.exp2((part_lse_r[2 * part - 1, tile, r] - m0) * LOG2E)
-                acc = part_r[2 * part - 1, tile, r] * l0
-
-                def add(p, carry):
-                    m, l, acc = carry
-                    x = part_lse_r[2 * p, tile, r]
-                    m_new = jnp.maximum(m, x)
-                    a, b = jnp.exp2((m - m_new) * LOG2E), jnp.exp2((x - m_new) * LOG2E)
-                    return m_new, l * a + b, acc * a + part_r[2 * p, tile, r] * b
-
-                end = lax.div(start + count - 1, payload)
-                m, l, acc = lax.fori_loop(part, end + 1, add, (m0, l0, acc))
-                some = l > 0
-                out_r[row, query] = (acc * jnp.where(some, 1 / l, 0.0)).astype(out.dtype)
-                lse_r[row, tile, r] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
+            @pl.loop(0, turns)
+            def _(turn):
+                place = (lax.axis_index("query") * turns + turn) * queries
+                places = [place + q for q in range(queries)]
+                places = [(lax.div(q, rows), lax.rem(q, rows)) for q in places]
+                zero = plgpu.layout_cast(
+                    jnp.zeros((LATENT,), jnp.float32), plgpu.Layout.WG_STRIDED((LATENT,), 2)
+                )
+                sums = lax.fori_loop(
+                    0,
+                    lax.div(cuts + deep - 1, deep),
+                    functools.partial(add, places=places),
+                    [(jnp.float32(NEVER), jnp.float32(0), zero)] * queries,
+                )
+                for (m, l, acc), (tile, r) in zip(sums, places):
+                    some = l > 0
+                    out_r[row, tile * rows + r] = (acc * jnp.where(some, 1 / l, 0.0)).astype(out.dtype)
+                    lse_r[row, tile, r] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
 
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     pl.kernel(
         body,
-        mesh=plgpu.Mesh(
-            grid=(parts - 1, M // 4), grid_names=("cut", "query"), num_threads=4, thread_name="wg"
-        ),
+        mesh=plgpu.Mesh(grid=(M // (turns * queries), B), grid_names=("query", "row")),
         name="mla_decode_combine",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(schedule.first, schedule.starts, schedule.counts, schedule.payload, partial, partial_lse, out_ref, lse_ref)
+    )(*schedule[2:], partial, partial_lse, out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.mla_decode import mla_decode
-from pallas_kernels.mla_decode.pallas_gpu import BLOCK, SMS, lacks, plan
+from pallas_kernels.mla_decode.pallas_gpu import BLOCK, SMS, lacks, plan, shares
 from tests.pallas_kernels.test_mla_decode import by_hand, call
 
 LENGTHS = {
@@ -31,16 +31,17 @@ SLOTS = 65536
 @pytest.mark.parametrize("tiles", [1, 2, 8])
 def test_every_block_is_one_parts(lengths, tiles):
     """As the kernel reads the plan; and no part has much more than the mean."""
-    shares, parts = plan(jnp.asarray(lengths), SLOTS, tiles)
-    first, last, starts, counts, payload = map(np.asarray, shares)
+    schedule, parts = plan(jnp.asarray(lengths), SLOTS, tiles)
+    _, _, payload = shares(schedule.longest[0], schedule.total[0], len(lengths), parts)
+    first, last, starts, counts, *_ = map(np.asarray, schedule)
     assert len(first) == len(last) == parts == SMS // tiles
     needed = np.maximum(1, -(-np.minimum(lengths, SLOTS) // BLOCK))
     np.testing.assert_array_equal(counts, needed)
     done, work = [np.zeros(count, int) for count in counts], np.zeros(parts)
     for part in range(parts):
         for row in range(first[part], last[part]):
-            begin = np.clip(part * payload[0] - starts[row], 0, counts[row])
-            end = np.clip((part + 1) * payload[0] - starts[row], 0, counts[row])
+            begin = np.clip(part * payload - starts[row], 0, counts[row])
+            end = np.clip((part + 1) * payload - starts[row], 0, counts[row])
             assert end > begin
             done[row][begin:end] += 1
             work[part] += end - begin
