@@ -225,24 +225,20 @@ def decode(
             zero = lax.shift_right_logical(length, 30)
             shortest = length - T + 1
 
-            def issue(acc, j, rope_first):
-                g = n + j - lo
-                at = [lax.rem(g, d) for d in depth]
-                q = q_s.at[zero * j]
-                go = "qk" not in o.skip
+            def multiply_rope(acc, j):
+                at = lax.rem(n + j - lo, o.ropes)
+                plgpu.barrier_wait(filled(2, at))
+                plgpu.wgmma(acc, qr_s, rope_s.at[at])
 
-                def rope():
-                    plgpu.barrier_wait(filled(2, at[2]))
-                    plgpu.wgmma(acc, qr_s, rope_s.at[at[2]])
-                if rope_first:
-                    rope()
+            def multiply_latents(acc, j):
+                g = n + j - lo
+                q = q_s.at[zero * j]
                 for c, k in QUARTERS:
-                    plgpu.barrier_wait(filled(k, at[k], c))
-                    if go:
+                    at = lax.rem(g, depth[k])
+                    plgpu.barrier_wait(filled(k, at, c))
+                    if "qk" not in o.skip:
                         plgpu.wgmma(acc, q.at[:, pl.ds(k * HALF + c * 128, 128)],
-                                    rings[k].at[at[k], c].T)
-                if not rope_first:
-                    rope()
+                                    rings[k].at[at, c].T)
 
             def done(j):
                 plgpu.barrier_arrive(freed(2, lax.rem(n + j - lo, o.ropes)))
@@ -302,9 +298,10 @@ def decode(
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(p_full.at[lax.rem(n + j - lo, 2)])
 
-            def one(j, rope_first):
+            def one(j):
                 def scores(acc):
-                    issue(acc, j, rope_first)
+                    multiply_rope(acc, j)
+                    multiply_latents(acc, j)
                     return acc[...]
                 s = pl.run_scoped(scores, plgpu.ACC((TALL, BLOCK), jnp.float32))
                 done(j)
@@ -315,18 +312,20 @@ def decode(
                 j = lo + 2 * i
 
                 def both(acc, acc_next):
-                    issue(acc, j, True)
+                    multiply_rope(acc, j)
+                    multiply_latents(acc, j)
                     if o.chain:
-                        issue(acc_next, j + 1, False)
-                        s = plgpu.wgmma_accumulator_load(acc, wait_n=5)
+                        multiply_latents(acc_next, j + 1)
+                        s = plgpu.wgmma_accumulator_load(acc, wait_n=4)
                         done(j)
                     else:
                         s = acc[...]
                         done(j)
-                        issue(acc_next, j + 1, False)
+                        multiply_latents(acc_next, j + 1)
                     state = soften_block(s, j, m, l)
                     if not o.gate:
                         publish(j)
+                    multiply_rope(acc_next, j + 1)
                     return acc_next[...], *state
                 block = plgpu.ACC((TALL, BLOCK), jnp.float32)
                 s, m, l = pl.run_scoped(both, block, block)
@@ -352,7 +351,7 @@ def decode(
 
             @pl.when(lax.rem(hi - lo, 2) == 1)
             def _():
-                s = one(hi - 1, True)
+                s = one(hi - 1)
                 plgpu.barrier_arrive(q_free)
                 finish(*soften_block(s, hi - 1, m, l))
                 publish(hi - 1)
@@ -391,7 +390,7 @@ def decode(
                             acc = rescale(acc)
 
                     if o.stagger and k == 1:
-                        plgpu.barrier_wait(turn)
+                        plgpu.barrier_wait(turn.at[p_at])
 
                     p = plgpu.load(p_s.at[p_at], (), layout=WG) if o.rs else p_s.at[p_at]
 
@@ -401,7 +400,7 @@ def decode(
                         if o.early or (o.stagger and k == 0):
                             plgpu.wgmma_wait(1)
                         if o.stagger and k == 0:
-                            plgpu.barrier_arrive(turn)
+                            plgpu.barrier_arrive(turn.at[p_at])
                         if o.early:
                             @pl.when(g + 1 < end)
                             def _():
@@ -486,7 +485,7 @@ def decode(
             release(2 * (o.lefts + o.rights) + o.ropes),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=2),
             collective_axes="wg",
         )
 
