@@ -61,6 +61,7 @@ class Options(NamedTuple):
     chain: bool = True
     stagger: bool = True
     rs: bool = False
+    bare: bool = False  # no barriers of Pallas' own
     ahead: int = 2  # blocks fetched into L2 ahead of the copy
     early: bool = True
     cluster: bool = False
@@ -377,7 +378,9 @@ def decode(
                             chunk = ring.at[at, c // 128, :, pl.ds(c % 128, 64)]
                             v = plgpu.load(chunk, (), layout=WG)
                             slot = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WG)
-                            chunk[...] = jnp.where(slot < left, v, jnp.zeros_like(v))
+                            v = jnp.where(slot < left, v, jnp.zeros_like(v))
+                            plgpu.commit_smem()  # all have read
+                            chunk[...] = v
                         plgpu.commit_smem()
 
                     def rescale(acc):
@@ -425,6 +428,7 @@ def decode(
 
                 @pl.when(whole)
                 def _():
+                    plgpu.commit_smem()  # all have multiplied
                     for c in range(2):
                         ring[at, c] = acc[:, c * 128 : (c + 1) * 128].astype(dtype)
                     plgpu.commit_smem()
@@ -505,7 +509,7 @@ def decode(
         num_threads=4,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=512,
+            approx_math=True, reduction_scratch_bytes=512, unsafe_no_auto_barriers=o.bare,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(*schedule, lengths, layer, pages, q_BTNL.reshape(B, M, L), q_BTNR.reshape(B, M, ROPE),
