@@ -1,0 +1,175 @@
+"""Block-scaled FP8: the quantisers; products against float64 of what the scales and
+values mean; the compiled Hopper kernel, and its results on a GPU (`pytest -m gpu`).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.checkpoint import fp8 as published
+from pallas_kernels.fp8_matmul import (
+    fp8_matmul,
+    grouped_fp8_matmul,
+    quantize_blocks,
+    quantize_rows,
+)
+from pallas_kernels.fp8_matmul.quantize import LEAST, dequantize
+from pallas_kernels.fp8_matmul.reference import dense
+
+QUANTISERS = {"rows": (quantize_rows, 1), "blocks": (quantize_blocks, 128)}
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param("hopper", marks=pytest.mark.gpu),
+]
+# The tensor cores' own sums of 128 products have fewer bits than float32.
+TOLERANCE = {("reference", "float32"): 2e-6, ("hopper", "float32"): 1e-3}
+SIZES = {
+    "uneven": [100, 0, 150, 31],
+    "one has all": [0, 0, 300, 0],
+    "tiny ones": [1, 2, 3, 7, 129, 0, 65, 50],
+    "one more than tiles": [129, 0, 1, 0],
+    "surplus rows": [3, 0, 120, 8],
+    "none": [0, 0, 0, 0],
+}
+
+
+def tiles(array, tall):
+    """Every tile of the last two axes, by hand: index of its scale, and slices."""
+    rows, columns = array.shape[-2:]
+    for r in range(0, rows, tall):
+        for c in range(0, columns, 128):
+            here = (..., slice(r, r + tall), slice(c, c + 128))
+            yield (..., r // tall, c // 128), here
+
+
+def expected(x, x_scale, w, w_scale):
+    """In float64, the scales spread by hand."""
+    wide = []
+    for q, scale, tall in ((x, x_scale, 1), (w, w_scale, 128)):
+        values = np.asarray(q.astype(jnp.float32), np.float64)
+        scale = np.asarray(scale, np.float64)
+        for index, here in tiles(values, tall):
+            values[here] *= scale[index][..., None, None]
+        wide.append(values)
+    return wide[0] @ np.swapaxes(wide[1], -1, -2)
+
+
+def operands(rng, M, N, K, groups=()):
+    """Quantised, of scales that differ by far from tile to tile."""
+    x = (
+        rng.standard_normal((M, K))
+        * np.exp(rng.normal(size=(M, K // 128 + 1)))[:, np.arange(K) // 128]
+    )
+    w = rng.standard_normal((*groups, N, K))
+    for index, here in tiles(w, 128):
+        w[here] *= np.exp(rng.normal(size=w[index].shape))[..., None, None]
+    x, w = (jnp.asarray(a, jnp.float32) for a in (x, w))
+    return *quantize_rows(x), *quantize_blocks(w)
+
+
+def relative_error(found, exact):
+    found = np.asarray(found.astype(jnp.float32), np.float64)
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("shape", [(256, 384), (129, 200), (3, 130, 70)], ids=str)
+def test_quantised_values_and_scales(rng, name, shape):
+    quantise, tall = QUANTISERS[name]
+    a = rng.standard_normal(shape).astype(np.float32)
+    a[..., :tall, :128] *= 1e4
+    q, scale = quantise(jnp.asarray(a))
+    rows, columns = shape[-2:]
+    assert q.shape == shape and q.dtype == jnp.float8_e4m3fn
+    assert scale.shape == (*shape[:-2], -(-rows // tall), -(-columns // 128))
+    assert scale.dtype == jnp.float32
+    back, values = np.asarray(dequantize(q, scale)), np.asarray(q.astype(jnp.float32))
+    for index, here in tiles(a, tall):
+        s = np.asarray(scale)[index]
+        np.testing.assert_allclose(s, np.abs(a[here]).max((-2, -1)) / 448, rtol=1e-6)
+        np.testing.assert_array_equal(np.abs(values[here]).max((-2, -1)), 448)
+        s = s[..., None, None]
+        np.testing.assert_array_equal(back[here], values[here] * s)
+        # Three bits of mantissa, and below 2**-6 steps of 2**-9.
+        bound = np.maximum(np.abs(a[here]) * 2**-4, s * 2**-10)
+        assert (np.abs(back[here] - a[here]) <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_zeros_and_small_values_stay_finite(name):
+    quantise, _ = QUANTISERS[name]
+    a = jnp.zeros((130, 256)).at[0, 130].set(LEAST / 2)
+    back = dequantize(*quantise(a))
+    np.testing.assert_allclose(back, a, rtol=2**-4)
+
+
+def test_blocks_are_those_of_published_checkpoints(rng):
+    w = jnp.asarray(rng.standard_normal((200, 300)), jnp.float32)
+    q, scale = quantize_blocks(w)
+    options = {"first_row": 0, "block": (128, 128), "dtype": np.dtype(np.float32)}
+    loaded = published.dequantise(np.asarray(q), np.asarray(scale), **options)
+    np.testing.assert_array_equal(loaded, dequantize(q, scale))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "shape", [(256, 128, 384), (136, 272, 528), (100, 200, 144)], ids=str
+)
+def test_dense(rng, implementation, dtype, shape):
+    if implementation == "hopper" and shape[1] % 16:
+        pytest.skip("not the kernel's")
+    args = operands(rng, *shape)
+    y = fp8_matmul(*args, dtype=dtype, implementation=implementation)
+    assert y.dtype == dtype
+    tolerance = TOLERANCE.get((implementation, dtype), 3e-3)
+    assert relative_error(y, expected(*args)) < tolerance
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_grouped(rng, implementation, dtype, sizes):
+    x, x_scale, w, w_scale = operands(rng, 300, 144, 272, (len(sizes),))
+    y = grouped_fp8_matmul(
+        *(x, x_scale, w, w_scale, jnp.asarray(sizes)),
+        dtype=dtype,
+        implementation=implementation,
+    )
+    assert y.dtype == dtype
+    tolerance = TOLERANCE.get((implementation, dtype), 3e-3)
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        if size:
+            exact = expected(x[rows], x_scale[rows], w[group], w_scale[group])
+            assert relative_error(y[rows], exact) < tolerance
+        start += size
+    assert not np.asarray(y[start:].astype(jnp.float32)).any()
+
+
+def test_sizes_beyond_the_rows_end_with_them(rng):
+    args = operands(rng, 64, 128, 128, (2,))
+    cut = grouped_fp8_matmul(*args, jnp.asarray([40, 24]))
+    beyond = grouped_fp8_matmul(*args, jnp.asarray([40, 1000]))
+    np.testing.assert_array_equal(cut, beyond)
+
+
+def test_partial_sums_are_scaled_every_128():
+    """Blocks whose sums cancel only once they are scaled: 448 * 448 * 128 each."""
+    x = jnp.full((1, 256), 448.0).astype(jnp.float8_e4m3fn)
+    x_scale = jnp.asarray([[1.0, 2.0**-20]])
+    w = jnp.concatenate([x, -x], axis=1)[:, 128:384]
+    w_scale = jnp.asarray([[2.0**-20, 1.0]])
+    y = fp8_matmul(x, x_scale, w, w_scale, dtype="float32")
+    assert y.item() == 0
+
+
+def test_reference_is_differentiated_by_nobody_but_traces_under_vmap(rng):
+    x, x_scale, w, w_scale = operands(rng, 32, 128, 256, (3,))
+    both = jax.vmap(lambda w, scale: dense(x, x_scale, w, scale, dtype=jnp.float32))(
+        w, w_scale
+    )
+    alone = dense(x, x_scale, w[1], w_scale[1], dtype=jnp.float32)
+    np.testing.assert_allclose(both[1], alone, rtol=1e-6, atol=1e-5)
