@@ -59,6 +59,7 @@ def parts(experiment: Experiment, **options) -> tuple[Transformer, Step, Rates]:
         experiment.model,
         precision=experiment.precision,
         remat=experiment.remat,
+        unroll=experiment.unroll,
         **options,
     )
     step = make_step(

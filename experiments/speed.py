@@ -59,6 +59,7 @@ def moe_mla_2b() -> Experiment:
         learning_rate=Constant(peak=3e-4),
         objective=Objective(expert_balance=0.01),
         remat=Remat.V3,
+        unroll=8,
     )
 
 

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1), plain and absorbed.
 
-Letters: B batch, T length, S cache slots, D model, N heads, H the head part at hand, Q
-query latent, L latent, R rotary part, C latent + rotary part.
+Letters: B batch, T length, S cache slots, D model, N heads, H the head part at hand, U
+value size, Q query latent, L latent, R rotary part, C latent + rotary part.
 """
 
 from dataclasses import replace
@@ -143,8 +143,9 @@ class MultiHeadLatentAttention(nnx.Module):
         rows = P(batch_axes(q_BTNR))
         c_BSL, k_BSR = reshard(c_BSL, rows), reshard(k_BSR, rows)
         q_BTNR = self._rotated(q_BTNR, reshard(context.positions_BT, rows))
-        kv_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, up_NHL)
-        k_BSNH, v_BSNH = jnp.split(kv_BSNH, [self.config.nope_dim], axis=-1)
+        k_up_NHL, v_up_NUL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
+        k_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, k_up_NHL)
+        v_BSNU = jnp.einsum("BSL,NUL->BSNU", c_BSL, v_up_NUL)
         k_BSNR = jnp.broadcast_to(
             k_BSR[:, :, None],
             (*k_BSNH.shape[:3], k_BSR.shape[-1]),
@@ -153,7 +154,7 @@ class MultiHeadLatentAttention(nnx.Module):
         q = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)[:, :, :, None]
         k = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
         dtype, sight = self.precision.softmax, context.sight()
-        return attend(q, k, v_BSNH, sight, self.scale, dtype)[:, :, :, 0]
+        return attend(q, k, v_BSNU, sight, self.scale, dtype)[:, :, :, 0]
 
     def absorbed(
         self,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsjax.config import Groups, GroupScore, Moe, Score
 from dsjax.nn import cache as kv
 from dsjax.nn.dropping import kept_rows
+from dsjax.nn.exact import exact_product
 from dsjax.nn.options import Build, keep
 from dsjax.nn.weights import RouterBias, use
 
@@ -52,14 +53,12 @@ class Router(nnx.Module):
         self.weight_ED = build.weight(shape, sharding.router_ED)
         if config.selection_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
-            spec, storage = sharding.router_bias_E, sharding.storage
-            self.bias_E = RouterBias(zeros, spec=spec, storage=storage)
+            metadata = build.metadata(sharding.router_bias_E)
+            self.bias_E = RouterBias(zeros, **metadata)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: kv.Context) -> Routing:
         """The routing of every token."""
-        weight_ED, x_BTD = use(self.weight_ED, self.dtype), x_BTD.astype(self.dtype)
-        logits_BTE = jnp.einsum("BTD,ED->BTE", x_BTD, weight_ED, precision="highest")
-        logits_BTE = keep(logits_BTE)
+        logits_BTE = keep(_logits(x_BTD, use(self.weight_ED, self.dtype)))
         match self.config.score:
             case Score.SOFTMAX:
                 scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
@@ -79,6 +78,16 @@ class Router(nnx.Module):
         return replace(routing, kept_BTk=kept_BTk)
 
 
+def _logits(
+    x_BTD: Float[Array, "B T D"], weight_ED: Float[Array, "E D"]
+) -> Float[Array, "B T E"]:
+    """The product in the dtype of the weight, without rounding in between."""
+    if (x_BTD.dtype, weight_ED.dtype) == (jnp.bfloat16, jnp.float32):
+        return exact_product(x_BTD, weight_ED)
+    x_BTD = x_BTD.astype(weight_ED.dtype)
+    return jnp.einsum("BTD,ED->BTE", x_BTD, weight_ED, precision="highest")
+
+
 def route(
     scores_BTE: Float[Array, "B T E"], bias_E: Float[Array, " E"] | None, config: Moe
 ) -> Routing:
@@ -90,7 +99,7 @@ def route(
     if config.groups is not None:
         choice = _limit_to_groups(choice, config.groups)
     best = jax.lax.top_k(choice, config.mask_best + config.top_k)[1]
-    indices_BTk = best[..., config.mask_best :]
+    indices_BTk = keep(best[..., config.mask_best :])  # a sort is slow to do again
     weights_BTk = _pick(scores_BTE, indices_BTk)
     if config.renormalize:
         weights_BTk /= weights_BTk.sum(axis=-1, keepdims=True) + 1e-20

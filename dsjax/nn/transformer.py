@@ -47,8 +47,10 @@ class Transformer(nnx.Module):
     """A decoder of any published architecture.
 
     `precision` says which dtypes weights rest and compute in, `remat` what the backward
-    pass computes again, `slots` that routed experts may lie on the devices more than
-    once (`dsjax.load` places them). Everything but `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
+    pass computes again, `unroll` how many layers are one body of the loop over layers
+    (more are quicker, take longer to compile and keep more), `slots` that routed experts
+    may lie on the devices more than once (`dsjax.load` places them). Everything but
+    `__call__` runs under `jax.set_mesh(model.mesh)`, best inside a jit.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class Transformer(nnx.Module):
         sharding: Sharding | None = None,
         precision: Precision = FLOAT32,
         remat: Remat = Remat.NONE,
+        unroll: int = 1,
         slots: Slots | None = None,
     ):
-        self.config, self.precision, self.remat = config, precision, remat
+        self.config, self.precision = config, precision
+        self.remat, self.unroll = remat, unroll
         self.slots = slots
         self.mesh = make_mesh() if mesh is None else mesh
         self.sharding = sharding = Sharding() if sharding is None else sharding
@@ -77,7 +81,8 @@ class Transformer(nnx.Module):
         )
         self.embedding_VD = build.weight((V, D), sharding.embedding_VD)
         self.segments = nnx.List(
-            _stack(config, segment, build) for segment in config.segments
+            _stack(config, segment, replace(build, looped=segment.count > unroll))
+            for segment in config.segments
         )
         self.final_norm = RmsNorm(D, eps=config.norm_eps, build=build)
         if not config.tied_embeddings:
@@ -257,7 +262,7 @@ class Transformer(nnx.Module):
         routings = []
         for number, segment in enumerate(self.segments):
             x_BTD, caches[number], routing = _scan(
-                segment, x_BTD, context, caches[number], self.remat
+                segment, x_BTD, context, caches[number], self.remat, self.unroll
             )
             routings.append(routing)
         if cache is not None:
@@ -283,8 +288,9 @@ def _scan(
     context: kv.Context,
     cache: kv.LayerCache | None,
     remat: Remat,
+    unroll: int,
 ) -> tuple[Array, kv.LayerCache | None, Routing | None]:
-    """Runs a stack's layers one after the other, as one compiled loop body.
+    """Runs a stack's layers one after the other, `unroll` of them a compiled loop body.
 
     The cache is carried, not scanned over, so that layers write into one buffer.
     """
@@ -298,8 +304,9 @@ def _scan(
         x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 
+    inputs = state, jnp.arange(count)
     (x_BTD, cache), routing = jax.lax.scan(
-        remat.wrap(layer), (x_BTD, cache), (state, jnp.arange(count))
+        remat.wrap(layer), (x_BTD, cache), inputs, unroll=min(unroll, count)
     )
     return x_BTD, cache, routing
 

@@ -113,6 +113,7 @@ def _options(experiment: Experiment, mesh: Mesh) -> dict:
         "sharding": Sharding(state=("data",) if experiment.zero1 else ()),
         "precision": experiment.precision,
         "remat": experiment.remat,
+        "unroll": experiment.unroll,
     }
 
 

@@ -19,7 +19,7 @@ from dsjax.errors import UserError
 from dsjax.train.experiment import Experiment, describe
 
 # What may change from one start to the next: where a run is computed, how it is watched.
-FREE = ("microbatch", "remat", "mesh", "evaluation", "checkpoints")
+FREE = ("microbatch", "remat", "unroll", "mesh", "evaluation", "checkpoints")
 
 
 @dataclass(frozen=True)

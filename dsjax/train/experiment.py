@@ -60,7 +60,8 @@ class Experiment:
     `tokens` is how many the run trains on, `length` the tokens of a sequence.
     `microbatch` sequences, counted over all devices, go through the model at once;
     a step adds up the gradients of batch / microbatch of them. `ema` is the decay of an
-    average of the parameters (0: none is kept). With `zero1` the mesh's `data` axis
+    average of the parameters (0: none is kept). `unroll` layers are one body of the
+    compiled loop over layers: on few devices more are quicker. With `zero1` the mesh's `data` axis
     cuts parameters, moments and average, too, and not the batch alone. `initial` names a
     checkpoint whose weights the run starts from, for an extension to longer sequences.
     """
@@ -77,6 +78,7 @@ class Experiment:
     objective: Objective = Objective()
     precision: Precision = Precision()
     remat: Remat = Remat.NONE
+    unroll: int = 1
     ema: float = 0.0
     mesh: MeshShape = MeshShape()
     zero1: bool = False

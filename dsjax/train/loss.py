@@ -28,9 +28,10 @@ from jaxtyping import Float, Int
 
 from dsjax.sharding import axes_of
 
-# Tokens whose logits exist at once on a device. Each chunk reads and writes the head's
+# Tokens whose logits exist at once on a device: at least so many, and more of a small
+# vocabulary, up to so many logits (512 MiB). Each chunk reads and writes the head's
 # gradient, [V, D] in float32: fewer tokens would make that the cost.
-CHUNK = 1024
+CHUNK, LOGITS = 1024, 2**27
 
 
 def cross_entropy(
@@ -39,7 +40,7 @@ def cross_entropy(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     statistics: DTypeLike = jnp.float32,
 ) -> Float[Array, ""]:
     """The sum over all positions of -log p(target), each times its weight.
@@ -49,6 +50,7 @@ def cross_entropy(
     what is made of them are `statistics`. `chunk` bounds the tokens whose logits exist
     at once on a device, others' among them. Targets and weights have no gradient.
     """
+    chunk = chunk or max(CHUNK, LOGITS // head_VD.shape[0])
     return _cross_entropy(
         hidden_BTD, head_VD, targets_BT, weights_BT, chunk, jnp.dtype(statistics)
     )

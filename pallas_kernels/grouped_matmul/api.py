@@ -15,6 +15,7 @@ from pallas_kernels.grouped_matmul.implementations import (
     combine,
     dispatch,
 )
+from pallas_kernels.grouped_matmul.tiles_gpu import lacks as gpu_lacks
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
@@ -39,8 +40,8 @@ def grouped_matmul(
     gradient stays as it was summed up, in float32.
 
     `implementation`: "tpu" is a kernel for TPUs, bfloat16 or float32, N and K that 128
-    divides; "hopper" is one for NVIDIA's H100 and H200, bfloat16, sizes that 128 divides;
-    "blocked" is portable and does the work of the rows there are; "padded" copies rows
+    divides; "hopper" is one for NVIDIA's H100 and H200, bfloat16, quick without copies
+    where 64 divides N and K and 8 divides M; "blocked" is portable and does the work of the rows there are; "padded" copies rows
     and matrices into one batched product, quicker than "blocked" on a GPU where the
     copies fit; "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
     elsewhere. None chooses by the platform that is compiled for, and logs its choice in
@@ -51,7 +52,7 @@ def grouped_matmul(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
-        NotImplementedError: "tpu" was named and does not take these operands.
+        NotImplementedError: "tpu" or "hopper" was named and does not take these operands.
     """
     expected_rows = _check(x_MK, w_GNK, sizes_G, implementation, expected_rows)
     sizes_G = _within(sizes_G, x_MK.shape[0])
@@ -180,6 +181,11 @@ def _check(x, w, sizes, implementation, expected_rows) -> int:
     lacking = tpu_lacks(rows, w.shape, x.dtype) if implementation == "tpu" else ""
     if lacking:
         raise NotImplementedError(f"the TPU kernel {lacking}: {x.shape=}, {w.shape=}")
+    lacking = gpu_lacks(rows, w.shape, x.dtype) if implementation == "hopper" else ""
+    if lacking:
+        raise NotImplementedError(
+            f"the Hopper kernel {lacking}: {x.shape=}, {w.shape=}"
+        )
     expected_rows = rows if expected_rows is None else expected_rows
     if not 0 <= expected_rows <= rows:
         raise ValueError(f"{expected_rows=} of {rows} rows")

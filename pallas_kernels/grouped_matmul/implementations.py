@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import note_choice
-from pallas_kernels.grouped_matmul import pallas_tpu, reference
+from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference
 from pallas_kernels.grouped_matmul.padded import fits, padded
-from pallas_kernels.grouped_matmul.pallas_gpu import hopper
-from pallas_kernels.grouped_matmul.pallas_gpu import supports as hopper_supports
+from pallas_kernels.grouped_matmul.tiles_gpu import lacks as gpu_lacks
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KERNELS = {"tpu": "Pallas", "cuda": "Mosaic GPU"}
-HOPPER_TAKES = "takes bfloat16 and multiples of 128, on Hopper"
 
 
 class Implementation(NamedTuple):
@@ -53,7 +51,7 @@ def dispatch(
         return run(implementation)(*operands)
     lacking = {
         "tpu": tpu_lacks(x.shape[0], w.shape, x.dtype),
-        "cuda": "" if hopper_supports(x, w) else HOPPER_TAKES,
+        "cuda": gpu_lacks(x.shape[0], w.shape, x.dtype),
     }
     note_choice("grouped_matmul", KERNELS, lacking)
     copies = "padded" if fits(x.shape[0], w) else "blocked"
@@ -152,11 +150,44 @@ def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
     return dx, *by_weights
 
 
+def _gpu(operation: Callable) -> Callable:
+    """The same for how many rows soever are expected: no cost is reported."""
+
+    def run(*operands, expected_rows, **options):
+        return operation(*operands, **options)
+
+    return run
+
+
+def _gpu_gradients(dy, x, w, sizes, *, dtype):
+    dx = pallas_gpu.row_gradient(dy, w, sizes)
+    return dx, pallas_gpu.weight_gradient(dy, x, sizes, dtype=dtype)
+
+
+def _gpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype):
+    dx = pallas_gpu.swiglu_row_gradient(dgate, dup, gate, up, sizes)
+    by_weights = [
+        pallas_gpu.weight_gradient(dy, x, sizes, dtype=dtype) for dy in (dgate, dup)
+    ]
+    return dx, *by_weights
+
+
 _TPU_COMPOSED = _composed(pallas_tpu.product, _tpu_gradients)
 
 IMPLEMENTATIONS = {
     "blocked": _plain(reference.blocked, reference.gradients),
-    "hopper": _plain(hopper),
+    "hopper": Implementation(
+        *map(
+            _gpu,
+            (
+                pallas_gpu.product,
+                _gpu_gradients,
+                pallas_gpu.swiglu,
+                pallas_gpu.both,
+                _gpu_swiglu_gradients,
+            ),
+        )
+    ),
     "padded": _plain(padded),
     "ragged_dot": _plain(ragged_dot),
     "tpu": Implementation(
