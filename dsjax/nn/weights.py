@@ -23,28 +23,22 @@ def weight(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
     *,
-    spec: P,
-    storage: tuple[str, ...],
     std: float,
     dtype: DTypeLike,
+    **metadata,
 ) -> nnx.Param:
-    """A normal(0, std) weight. `spec` tells how one layer's array rests on the mesh,
-    `storage` which axes of it are gathered for its use.
+    """A normal(0, std) weight. Its metadata: `spec` tells how one layer's array rests on
+    the mesh, `storage` which axes of it are gathered for its use, `looped` that a loop
+    over layers slices it from their stack.
     """
-    values = std * jax.random.normal(rngs.params(), shape, dtype)
-    return nnx.Param(values, spec=spec, storage=storage)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), **metadata)
 
 
 def filled(
-    shape: tuple[int, ...],
-    value: float,
-    *,
-    spec: P,
-    storage: tuple[str, ...],
-    dtype: DTypeLike,
+    shape: tuple[int, ...], value: float, *, dtype: DTypeLike, **metadata
 ) -> nnx.Param:
-    """A constant weight: norm scales start at 1, biases at 0."""
-    return nnx.Param(jnp.full(shape, value, dtype), spec=spec, storage=storage)
+    """A constant weight: norm scales start at 1, biases at 0. Metadata as of `weight`."""
+    return nnx.Param(jnp.full(shape, value, dtype), **metadata)
 
 
 def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
@@ -61,13 +55,13 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     return array
 
 
-def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
+def cast(weight: nnx.Variable | Array, dtype: DTypeLike) -> Array:
     """The weight in the compute dtype, as it rests."""
     array = weight[...]
-    if array.dtype == dtype:
-        return array
-    # Or XLA casts the stacked layers as a whole, before the loop over them.
-    return jax.lax.optimization_barrier(array).astype(dtype)
+    if array.dtype != dtype and weight.get_metadata("looped"):
+        # Or XLA casts the stacked layers as a whole, before the loop over them.
+        array = jax.lax.optimization_barrier(array)
+    return array.astype(dtype)
 
 
 def batch_axes(x: Array) -> str | tuple[str, ...] | None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import note_choice
 from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference
+from pallas_kernels.grouped_matmul.layers import Matrices, apart
 from pallas_kernels.grouped_matmul.padded import fits, padded
 from pallas_kernels.grouped_matmul.tiles_gpu import lacks as gpu_lacks
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
@@ -39,16 +40,18 @@ def dispatch(
     implementation: str | None,
     operation: str,
     x: Array,
-    w: Array,
-    *operands: Array,
+    w: Matrices,
+    *operands: Array | Matrices,
     **options,
 ):
     """Runs an operation of the implementation named, or of the one for the platform that
-    is compiled for: a process without that platform may do so, too.
+    is compiled for: a process without that platform may do so, too. Only the TPU's
+    kernels read a layer's matrices out of the stack.
     """
 
     def run(name: str) -> Callable:
-        return functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
+        call = functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
+        return call if name == "tpu" else lambda *operands: call(*map(apart, operands))
 
     if implementation is not None:
         return run(implementation)(*operands)

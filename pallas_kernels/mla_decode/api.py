@@ -14,10 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
-from pallas_kernels.mla_decode import pallas_tpu, reference
+from pallas_kernels.dispatch import named, note_choice
+from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
 
-IMPLEMENTATIONS = ("reference", "pallas_tpu")
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
+IMPLEMENTATIONS = ("reference", *KERNELS.values())
 
 
 def mla_decode(
@@ -53,8 +54,10 @@ def mla_decode(
     `implementation`: "pallas_tpu" is for queries and cache of one dtype, bfloat16 or
     float32, a latent that 128 divides, of 512 at most, a rotary part that 16 divides, of
     128 at most, rows or pages of slots that 128 divides, 512 queries (T N) a row at most;
-    "reference" is plain JAX. None takes the kernel on a TPU where it can, else the
-    reference, and says so once.
+    "pallas_gpu" for Hopper GPUs, bfloat16, a latent of 512 and a rotary part of 64, rows
+    or pages of slots that 64 divides, queries a row in equal tiles of 8, 16 .. or 64;
+    "reference" is plain JAX. None takes the kernel of the platform compiled for where it
+    can, else the reference, and says so once.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
@@ -62,14 +65,19 @@ def mla_decode(
     """
     _check(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, pages_BP)
     dtype = jnp.dtype(softmax_dtype)
-    lacking = "" if dtype == jnp.float32 else f"a softmax in {dtype}"
-    lacking = lacking or pallas_tpu.lacks(q_BTNL, q_BTNR, latent_YXZL, pages_BP)
+    softmax = "" if dtype == jnp.float32 else f"a softmax in {dtype}"
     run = _choose(
         "mla_decode",
         implementation,
-        lacking,
-        plain=functools.partial(reference.decode, scale=scale, dtype=dtype),
-        kernel=functools.partial(pallas_tpu.decode, scale=scale),
+        reference=functools.partial(reference.decode, scale=scale, dtype=dtype),
+        kernels={
+            platform: functools.partial(kernel.decode, scale=scale)
+            for platform, kernel in {"tpu": pallas_tpu, "cuda": pallas_gpu}.items()
+        },
+        lacking={
+            "tpu": softmax or pallas_tpu.lacks(q_BTNL, q_BTNR, latent_YXZL, pages_BP),
+            "cuda": softmax or pallas_gpu.lacks(q_BTNL, q_BTNR, latent_YXZL),
+        },
     )
     q, out = P(*_cut(q_BTNL)), P(*_cut(q_BTNL)[:3])
     cache, lengths, pages = _cut_cache(q[0], pages_BP)
@@ -95,7 +103,8 @@ def append(
     carried by a loop: on a TPU, XLA's own way to write a column has the whole cache
     turned round for it. Arguments as in `mla_decode`; paged, rows may not be cut, and the
     pages written to have to be there, each for one row: else nothing outside the cache is
-    touched, but what these pages hold is not defined. The kernel takes 128 tokens at most.
+    touched, but what these pages hold is not defined. The kernel, for TPUs only, takes
+    128 tokens at most.
 
     Raises:
         ValueError: shapes do not fit, or the implementation is unknown.
@@ -106,9 +115,9 @@ def append(
     run = _choose(
         "mla_decode.append",
         implementation,
-        pallas_tpu.lacks_append(rope_YXRZ, new_BTR),
-        plain=reference.append,
-        kernel=pallas_tpu.append,
+        reference=reference.append,
+        kernels={"tpu": pallas_tpu.append},
+        lacking={"tpu": pallas_tpu.lacks_append(rope_YXRZ, new_BTR)},
     )
     new = P(_cut(new_BTR)[0], None, None)
     if pages_BP is not None and new[0] is not None:
@@ -121,28 +130,32 @@ def append(
 def _choose(
     operation: str,
     implementation: str | None,
-    lacking: str,
     *,
-    plain: Callable,
-    kernel: Callable,
+    reference: Callable,
+    kernels: dict[str, Callable],
+    lacking: dict[str, str],
 ) -> Callable:
-    """What runs: the one that was named, else the kernel on TPUs unless it lacks."""
-    match implementation:
+    """What runs: the one that was named, else the platform's kernel unless it lacks.
+
+    `kernels` and `lacking` are by platform; the latter says why one is not taken.
+    """
+    match named(implementation):
         case "reference":
-            return plain
-        case "pallas_tpu" if lacking:
-            raise NotImplementedError(f"{operation}: pallas_tpu: {lacking}")
-        case "pallas_tpu":
-            return kernel
+            return reference
         case None:
-            note_choice(operation, {"tpu": "pallas_tpu"}, {"tpu": lacking})
-            if lacking:
-                return plain
+            note_choice(operation, {on: KERNELS[on] for on in kernels}, lacking)
+            taken = {on: run for on, run in kernels.items() if not lacking[on]}
+            if not taken:
+                return reference
             return functools.partial(
-                jax.lax.platform_dependent, tpu=kernel, default=plain
+                jax.lax.platform_dependent, **taken, default=reference
             )
-        case _:
+        case name if name not in IMPLEMENTATIONS:
             raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")
+    (platform,) = (on for on, name in KERNELS.items() if name == implementation)
+    if reason := lacking.get(platform, "there is no such kernel"):
+        raise NotImplementedError(f"{operation}: {implementation}: {reason}")
+    return kernels[platform]
 
 
 def _cut(x: Array) -> tuple:

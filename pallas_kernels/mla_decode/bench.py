@@ -1,42 +1,128 @@
-"""What the kernel of MLA decoding moves and computes at the published models' shapes.
+"""Decoding on cached latents at V3's shapes; run by `python -m pallas_kernels.bench`.
 
-python -m pallas_kernels.mla_decode.bench
+Letters: B rows, T new tokens, N heads, S slots of a row, P pages of a row, Z slots of one;
+L latent, R rope, E both.
 """
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels.mla_decode import work
+from pallas_kernels.measure import Case
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import reference as plain
 
-SIZES = (512, 64)  # latent and rotary part of V2-Lite, V2 and V3 alike
-CASES = {  # lengths of the rows, new tokens, heads of one device
-    "V3, 8 rows of 8192": ([8192] * 8, 1, 128),
-    "V3, 8 rows of 8192, 2 tokens": ([8192] * 8, 2, 128),
-    "V3, 8 rows of 8193": ([8193] * 8, 1, 128),
-    "V3, lengths 1, 100, 1000, 8000": ([1, 100, 1000, 8000], 1, 128),
-    "V2, heads over 8, 1 row of 131072": ([131_072], 1, 16),
-    "V2-Lite, 64 rows of 4096": ([4096] * 64, 1, 16),
-}
+L, R = 512, 64
+SCALE = 0.1352  # V3's, YaRN's factor included
 
 
-def main() -> None:
-    """Prints a table in Markdown."""
-    print(
-        "| | dtype | cache MB moved | over needed | q, out, lse | GFLOP | over needed |"
+def _case(
+    name: str, lengths: Sequence[int], T: int, N: int, *, target: str = "", page: int = 0
+) -> Case:
+    """One layer's cache, in rows as long as the longest or in pages of `page` slots.
+
+    XLA multiplies with a cache of 576 values a slot, which is there when the clock
+    starts; `lengths` that differ are compared with as many slots evenly split.
+    """
+    B, S, total = len(lengths), max(lengths), sum(lengths)
+    even = min(lengths) == S
+
+    def inputs(key):
+        keys = jax.random.split(key, 5)
+        X, Z = (B * S // page, page) if page else (B, S)
+        sizes = (B, T, N, L), (B, T, N, R), (1, X, Z, L), (1, X, R, Z)
+        *queries, latent, rope = (
+            jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes)
+        )
+        pages_BP = kv_BSE = None
+        if page:
+            pages_BP = jax.random.permutation(keys[4], X).reshape(B, -1)
+        elif even:
+            kv_BSE = jnp.concatenate([latent[0], rope[0].swapaxes(1, 2)], axis=-1)
+        return *queries, latent, rope, jnp.asarray(lengths, jnp.int32), pages_BP, kv_BSE
+
+    def ours(q_BTNL, q_BTNR, latent, rope, lengths_B, pages_BP, _):
+        return mla_decode(
+            *(q_BTNL, q_BTNR, latent, rope, lengths_B),
+            layer=0,
+            scale=SCALE,
+            pages_BP=pages_BP,
+        )
+
+    def evenly(q_BTNL, q_BTNR, latent, rope, lengths_B, pages_BP, _):
+        lengths_B = jnp.full_like(lengths_B, total // B)
+        return ours(q_BTNL, q_BTNR, latent, rope, lengths_B, pages_BP, None)
+
+    others = {"xla": _einsum} if even and not page else {}
+    queries = B * T * N
+    return Case(
+        operation="mla_decode",
+        name=name,
+        inputs=inputs,
+        contestants={"pallas": ours} | (others if even else {"evenly": evenly}),
+        exact=_row_by_row,
+        flops=2 * total * T * N * (L + R + L),
+        bytes=2 * (total * (L + R) + queries * (L + R + L)) + 4 * queries,
+        target=target,
     )
-    print("|---|---|---|---|---|---|---|")
-    for name, (lengths, tokens, heads) in CASES.items():
-        for dtype in (jnp.bfloat16, jnp.float32):
-            done = work.count(
-                lengths, tokens=tokens, heads=heads, sizes=SIZES, dtype=dtype
-            )
-            cache = done.moved["latent"] + done.moved["rope"]
-            others = sum(done.moved.values()) - cache
-            print(
-                f"| {name} | {jnp.dtype(dtype)} | {cache / 1e6:.2f} "
-                f"| {cache / done.needed:.3f} | {others / 1e6:.2f} MB "
-                f"| {done.flops / 1e9:.2f} | {done.flops / done.flops_needed:.3f} |"
-            )
 
 
-if __name__ == "__main__":
-    main()
+def _einsum(q_BTNL, q_BTNR, latent, rope, lengths_B, pages_BP, kv_BSE):
+    """Of full rows; what several new tokens do not see of each other is left in."""
+    q_BTNE = jnp.concatenate([q_BTNL, q_BTNR], axis=-1)
+    scores_BTNS = jnp.einsum(
+        "BTNE,BSE->BTNS", q_BTNE, kv_BSE, preferred_element_type=jnp.float32
+    )
+    weights_BTNS = jax.nn.softmax(SCALE * scores_BTNS, axis=-1).astype(kv_BSE.dtype)
+    return jnp.einsum("BTNS,BSL->BTNL", weights_BTNS, kv_BSE[..., :L])
+
+
+def _row_by_row(q_BTNL, q_BTNR, latent, rope, lengths_B, pages_BP, _):
+    """The reference in float32; scores of all rows at once would be gigabytes."""
+
+    def one(row):
+        q_TNL, q_TNR, length, places_P = row
+        caches = (x[:, places_P] for x in (latent, rope))
+        wide = (x.astype(jnp.float32) for x in (q_TNL[None], q_TNR[None], *caches))
+        pages = jnp.arange(len(places_P))[None]
+        with jax.default_matmul_precision("highest"):
+            out, _ = plain.decode(*wide, length[None], 0, pages, scale=SCALE)
+        return out[0]
+
+    if pages_BP is None:
+        pages_BP = jnp.arange(len(lengths_B))[:, None]
+    return jax.lax.map(one, (q_BTNL, q_BTNR, lengths_B, pages_BP))
+
+
+_MIXED = np.random.default_rng(0).integers(256, 8193, 128).tolist()
+
+CASES = [
+    _case("128 rows of 4096, 128 heads", [4096] * 128, 1, 128, target=">= 2.1x xla"),
+    _case("128 rows of 8192, 128 heads", [8192] * 128, 1, 128, target=">= 2.1x xla"),
+    _case(
+        "128 rows of 4096, 128 heads, 2 tokens",
+        [4096] * 128,
+        2,
+        128,
+        target=">= 1.75x xla",
+    ),
+    _case("32 rows of 8192, 128 heads", [8192] * 32, 1, 128, target=">= 2.15x xla"),
+    _case("1 row of 65536, 128 heads", [65536], 1, 128, target=">= 2.1x xla"),
+    _case(
+        "128 rows of 4096, 16 heads",
+        [4096] * 128,
+        1,
+        16,
+        target=">= 70% of the read bandwidth",
+    ),
+    _case(
+        "128 rows of 256 to 8192, 128 heads",
+        _MIXED,
+        1,
+        128,
+        target="evenly >= 0.87x",
+    ),
+    _case("128 rows of 4096, pages of 64", [4096] * 128, 1, 128, page=64),
+]

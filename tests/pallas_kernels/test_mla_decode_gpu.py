@@ -1,0 +1,198 @@
+"""The Hopper kernel of MLA decoding: how rows are shared out, anywhere; the compiled
+code, on any machine; the results, on a GPU (`pytest -m gpu`).
+"""
+
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode.pallas_gpu import BLOCK, SMS, lacks, plan, shares
+from tests.pallas_kernels.test_mla_decode import by_hand, call
+
+LENGTHS = {
+    "equal": [4096] * 128,
+    "mixed": np.random.default_rng(0).integers(256, 8193, 128).tolist(),
+    "short ones and one long": [1, 64, 65, 0, 8192, 3],
+    "one": [65536],
+    "fewer rows than parts": [8192] * 32,
+    "many of a block": [64] * 500,
+    "none filled": [0] * 5,
+    "beyond the cache": [10**6, 5],
+}
+SLOTS = 65536
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("tiles", [1, 2, 8])
+def test_every_block_is_one_parts(lengths, tiles):
+    """As the kernel reads the plan; and no part has much more than the mean."""
+    schedule, parts = plan(jnp.asarray(lengths), SLOTS, tiles)
+    _, _, payload = shares(schedule.longest[0], schedule.total[0], len(lengths), parts)
+    first, last, starts, counts, *_ = map(np.asarray, schedule)
+    assert len(first) == len(last) == parts == SMS // tiles
+    needed = np.maximum(1, -(-np.minimum(lengths, SLOTS) // BLOCK))
+    np.testing.assert_array_equal(counts, needed)
+    done, work = [np.zeros(count, int) for count in counts], np.zeros(parts)
+    for part in range(parts):
+        for row in range(first[part], last[part]):
+            begin = np.clip(part * payload - starts[row], 0, counts[row])
+            end = np.clip((part + 1) * payload - starts[row], 0, counts[row])
+            assert end > begin
+            done[row][begin:end] += 1
+            work[part] += end - begin
+    assert all((blocks == 1).all() for blocks in done)
+    assert work.max() <= 1.06 * (counts.sum() + 2 * len(counts)) / parts + 1
+
+
+def test_what_it_does_not_take_is_said():
+    def words(*, q=(2, 1, 16, 512), rope=64, cache=(1, 2, 128, 512), dtype="bfloat16"):
+        shapes = q, (*q[:3], rope), cache
+        return lacks(*(jnp.zeros(shape, dtype) for shape in shapes))
+
+    assert words() == words(q=(2, 4, 128, 512)) == words(q=(2, 3, 32, 512)) == ""
+    assert "float32" in words(dtype="float32")
+    assert "512 and 64, not 512 and 32" in words(rope=32)
+    assert "rows or pages of 100 slots" in words(cache=(1, 2, 100, 512))
+    assert "1 tokens of 12 heads" in words(q=(2, 1, 12, 512))
+    shapes = (2, 1, 12, 512), (2, 1, 12, 64), (1, 2, 128, 512), (1, 2, 64, 128)
+    arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+    with pytest.raises(NotImplementedError, match="pallas_gpu: 1 tokens of 12 heads"):
+        mla_decode(
+            *(*arrays, jnp.array([1, 2])),
+            layer=0,
+            scale=1.0,
+            implementation="pallas_gpu",
+        )
+
+
+COMPILE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.mla_decode import mla_decode
+
+CONFIG = '''gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
+shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
+core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+cuda_compute_capability {{ major: 9 minor: 0 }} registers_per_core_limit: 65536
+registers_per_block_limit: 65536 }} platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "NVIDIA H200"'''
+topology = topologies.get_topology_desc(
+    "h200", "cuda", target_config=CONFIG, topology="1x1x1"
+)
+place = NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), P())
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+
+def decode(q, q_rope, latent, rope, lengths, layer, *pages):
+    pages = pages[0] if pages else None
+    return mla_decode(
+        q, q_rope, latent, rope, lengths, layer=layer, scale=0.1, pages_BP=pages
+    )
+
+
+for B, T, N, Z, P in {cases}:
+    X = B * (P or 1)
+    table = [shape(B, P, dtype=jnp.int32)] if P else []
+    compiled = jax.jit(decode).lower(
+        shape(B, T, N, 512), shape(B, T, N, 64), shape(3, X, Z, 512), shape(3, X, 64, Z),
+        shape(B, dtype=jnp.int32), shape(dtype=jnp.int32), *table,
+    ).compile()
+    cache = 3 * X * Z * 576 * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < max(0.1 * cache, 80 << 20)
+    print("kernels:", compiled.as_text().count('custom_call_target="mosaic_gpu'))
+"""
+ALL = {  # rows, tokens, heads of one device, slots of a row or page, pages of a row
+    "v3": (128, 1, 128, 4096, None),
+    "v3, two tokens, pages": (32, 2, 128, 64, 128),
+    "v3, four tokens": (128, 4, 128, 8192, None),
+    "v3, one row": (1, 1, 128, 65536, None),
+    "v2-lite": (128, 1, 16, 4096, None),
+    "v2-lite, three tokens, pages": (64, 3, 16, 256, 16),
+    "heads over 16": (7, 1, 8, 1024, None),
+}
+
+
+def compiles(*cases):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(cases=[ALL[case] for case in cases])],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.count("kernels: 2") == len(cases), done.stderr[-2000:]
+    report = (done.stdout + done.stderr).splitlines()
+    spills = [line for line in report if "spill stores" in line and "frame" in line]
+    assert len(spills) > len(cases)
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+    assert not [line for line in report if "serialized" in line]
+
+
+def test_compiles_for_an_h200_without_spills():
+    compiles("v3", "v2-lite, three tokens, pages")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("case", ALL)
+def test_compiles_everything_for_an_h200(case):
+    compiles(case)
+
+
+# --- on a GPU
+
+ON_A_GPU = {  # tokens, heads, slots of a row or page, pages of a row, lengths
+    "whole rows": (1, 128, 256, None, [256, 256]),
+    "a slot, a block, one more": (1, 128, 512, None, [1, 64, 65, 512]),
+    "empty, and shorter than the tokens": (4, 16, 256, None, [0, 2, 3, 256]),
+    "two tokens over a block's edge": (2, 128, 1024, None, [1024, 65, 64, 0, 129]),
+    "beyond the cache": (1, 16, 256, None, [300, 10_000]),
+    "a row for all": (1, 128, 16384, None, [16001]),
+    "many rows": (1, 16, 512, None, list(range(3, 513, 3))),
+    "pages of a block": (3, 128, 64, 8, [512, 200]),
+    "pages of two": (1, 16, 128, 4, [512, 129, 7]),
+    "few heads": (3, 8, 128, None, [128, 5]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ON_A_GPU.values(), ids=ON_A_GPU)
+def test_equals_the_definition_on_the_gpu(rng, case):
+    """What nobody sees is NaN: behind the lengths, and in the other layer."""
+    tokens, heads, slots, pages, lengths = case
+    B = len(lengths)
+    X = B * (pages or 1)
+    sizes = (B, tokens, heads, 512), (B, tokens, heads, 64), (2, X, slots, 512)
+    arrays = [rng.standard_normal(size) for size in (*sizes, (2, X, 64, slots))]
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+    if pages is None:
+        behind = np.arange(slots) >= np.asarray(lengths)[:, None]
+        arrays[2] = jnp.where(behind[None, :, :, None], jnp.nan, arrays[2])
+        arrays[3] = jnp.where(behind[None, :, None], jnp.nan, arrays[3])
+        arrays[2:] = [x.at[0].set(jnp.nan) for x in arrays[2:]]
+    else:
+        pages = jnp.asarray(rng.permutation(X).reshape(B, -1), jnp.int32)
+    arrays += [jnp.asarray(lengths, jnp.int32), pages]
+    expected, expected_lse = by_hand(*arrays)
+    for _ in range(3):  # a race would differ from run to run
+        out, lse = call("pallas_gpu", *arrays)
+        error = np.linalg.norm(np.asarray(out, np.float64) - expected)
+        assert error <= 3e-3 * np.linalg.norm(expected)
+        np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+        empty = np.isneginf(expected_lse)
+        assert (np.asarray(out)[empty] == 0).all()
