@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer, apart
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LINE,
     SMS,
@@ -47,14 +48,16 @@ Ref = Any
 
 
 def product(
-    x_MI: Float[Array, "M I"], w_GOI: Float[Array, "G O I"], sizes_G: Int[Array, " G"]
+    x_MI: Float[Array, "M I"], w_GOI: Matrices, sizes_G: Int[Array, " G"]
 ) -> Float[Array, "M O"]:
-    """x[m] @ w[group of m].T; zeros for rows of no group. bfloat16."""
+    """x[m] @ w[group of m].T; zeros for rows of no group. bfloat16. Here and below,
+    matrices may be those of a layer among all layers.
+    """
     return _rows([x_MI], [w_GOI], sizes_G, turned=True)[0]
 
 
 def row_gradient(
-    dy_MO: Float[Array, "M O"], w_GOI: Float[Array, "G O I"], sizes_G: Int[Array, " G"]
+    dy_MO: Float[Array, "M O"], w_GOI: Matrices, sizes_G: Int[Array, " G"]
 ) -> Float[Array, "M I"]:
     """dy[m] @ w[group of m]."""
     return _rows([dy_MO], [w_GOI], sizes_G, turned=False)[0]
@@ -62,8 +65,8 @@ def row_gradient(
 
 def both(
     x_MI: Float[Array, "M I"],
-    gate_GOI: Float[Array, "G O I"],
-    up_GOI: Float[Array, "G O I"],
+    gate_GOI: Matrices,
+    up_GOI: Matrices,
     sizes_G: Int[Array, " G"],
 ) -> tuple[Float[Array, "M O"], Float[Array, "M O"]]:
     """The products of x with gate and with up; x is read once."""
@@ -72,8 +75,8 @@ def both(
 
 def swiglu(
     x_MI: Float[Array, "M I"],
-    gate_GOI: Float[Array, "G O I"],
-    up_GOI: Float[Array, "G O I"],
+    gate_GOI: Matrices,
+    up_GOI: Matrices,
     scale_M: Float[Array, " M"],
     sizes_G: Int[Array, " G"],
 ) -> Float[Array, "M O"]:
@@ -83,8 +86,8 @@ def swiglu(
 
 def all_three(
     x_MI: Float[Array, "M I"],
-    gate_GOI: Float[Array, "G O I"],
-    up_GOI: Float[Array, "G O I"],
+    gate_GOI: Matrices,
+    up_GOI: Matrices,
     scale_M: Float[Array, " M"],
     sizes_G: Int[Array, " G"],
 ) -> tuple[Float[Array, "M O"], Float[Array, "M O"], Float[Array, "M O"]]:
@@ -95,8 +98,8 @@ def all_three(
 def swiglu_row_gradient(
     dgate_MO: Float[Array, "M O"],
     dup_MO: Float[Array, "M O"],
-    gate_GOI: Float[Array, "G O I"],
-    up_GOI: Float[Array, "G O I"],
+    gate_GOI: Matrices,
+    up_GOI: Matrices,
     sizes_G: Int[Array, " G"],
 ) -> Float[Array, "M I"]:
     """dgate[m] @ gate + dup[m] @ up, summed before it is rounded."""
@@ -245,6 +248,16 @@ def _padded(a: Array, *multiples: int) -> Array:
     return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + more)
 
 
+def _lying(w: Matrices) -> tuple[Array, Array]:
+    """Matrices one after the other, and which of them is the first group's: of a layer
+    among all layers no copy is made.
+    """
+    if isinstance(w, OfLayer) and not any(size % LINE for size in w.shape[1:]):
+        first = w.layer.astype(jnp.int32) * w.shape[0]
+        return w.stack_YGNK.reshape(-1, *w.shape[1:]), first[None]
+    return _padded(apart(w), LINE, LINE), jnp.zeros(1, jnp.int32)
+
+
 def _swizzled(dtype, columns: int):
     """The transforms of a tile for matrix units; and those for copies to or from any
     row of an array. Either way the same bytes lie at the same places.
@@ -332,10 +345,10 @@ def _rows(
     """Sum over i of xs[i] [M, I] times ws[i][g], [O, I] if `turned` else [I, O]. Of a
     single x with several w the products `apart`, and SwiGLU of both if there is a scale.
     """
-    wanted = xs[0].shape[0], ws[0].shape[1 if turned else 2]
+    wanted, groups = (xs[0].shape[0], ws[0].shape[1 if turned else 2]), sizes.shape[0]
     xs = [_padded(x, ALIGN, LINE) for x in xs]
-    ws = [_padded(w, LINE, LINE) for w in ws]
-    (M, inner), (groups, *matrix) = xs[0].shape, ws[0].shape
+    ws, firsts = zip(*map(_lying, ws))
+    (M, inner), (_, *matrix) = xs[0].shape, ws[0].shape
     outer = matrix[0 if turned else 1]
     parts = len(ws) // len(xs)
     tiles = tiles or row_tiles(M, groups, outer, turned=turned, parts=parts)
@@ -372,7 +385,7 @@ def _rows(
             collective_axes="warpgroup",
         )
 
-    operands = (*schedule(sizes, M, tiles.all_rows), *xs, *ws, *scales)
+    operands = (*schedule(sizes, M, tiles.all_rows), firsts[0], *xs, *ws, *scales)
     outputs = _call(kernel, [out] * plan.outputs, *operands, blocks=tiles.blocks)
     return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
 
@@ -385,7 +398,8 @@ class _Rows:
         fields = len(Schedule._fields)
         self.schedule = Schedule(*refs[:fields])
         self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
-        refs, self.ys = refs[fields : -plan.outputs], refs[-plan.outputs :]
+        self.first_matrix = refs[fields]
+        refs, self.ys = refs[fields + 1 : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
         self.ws, self.scales = refs[: plan.matrices], refs[plan.matrices :]
         self.x_in, self.x_landing = x_in
@@ -420,7 +434,7 @@ class _Rows:
         """Copies in what a tile needs; returns the step after."""
         plan = self.plan
         group, start, count, column, steps = self.place(index)
-        columns = pl.ds(column, plan.width)
+        columns, matrix = pl.ds(column, plan.width), group + self.first_matrix[0]
 
         def load(x, ws, number, step):
             slot = self.ring.to_fill(step)
@@ -432,7 +446,7 @@ class _Rows:
                 there = (columns, inner) if plan.turned else (inner, columns)
                 here = (here,) if plan.turned else (slice(None), here)
                 plgpu.copy_gmem_to_smem(
-                    w.at[(group, *there)],
+                    w.at[(matrix, *there)],
                     self.w_in.at[(slot, *here)],
                     full,
                     collective_axes=self.shared("rows"),

@@ -136,6 +136,16 @@ def swiglu(x, w, sizes, dh):
     return h, *jax.vjp(kept, x, w, w)[0:1], *back(dh)
 
 
+def decode(x, w, sizes, _):
+    stack = w.reshape(2, -1, *w.shape[1:])  # two layers
+
+    def layer(x, number):
+        h = grouped_swiglu(x, stack, stack, sizes[: stack.shape[1]], layer=number)
+        return x + h, None
+
+    return jax.lax.scan(layer, x, jnp.arange(2))[0]
+
+
 M, G, N, K = {shape}
 operands = (
     shape(M, K),
@@ -145,6 +155,7 @@ operands = (
 )
 compiled = jax.jit({function}).lower(*operands).compile()
 print("kernels:", compiled.as_text().count('custom_call_target="mosaic_gpu'))
+print("temporaries:", compiled.memory_analysis().temp_size_in_bytes)
 """
 UP = (229376, 64, 896, 1280)  # of a mixture of 1.9B parameters
 DOWN = (229376, 64, 1280, 896)
@@ -156,6 +167,7 @@ aot = pytest.mark.aot
     [
         ("product", DOWN, "float32"),
         ("swiglu", UP, "float32"),
+        ("decode", (64, 128, 1024, 1024), "bfloat16"),
         pytest.param("product", UP, "bfloat16", marks=aot),
         pytest.param("swiglu", DOWN, "bfloat16", marks=aot),
         # an expert-parallel slice of V3, V3 on one device, V2-Lite, and sizes that no
@@ -183,8 +195,10 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
         capture_output=True,
         text=True,
     )
-    kernels = {"product": 3, "swiglu": 6}[function]
+    kernels = {"product": 3, "swiglu": 6, "decode": 1}[function]
     assert f"kernels: {kernels}" in done.stdout, done.stdout + done.stderr[-2000:]
+    if function == "decode":  # no layer is cut out of the stack
+        assert int(done.stdout.split("temporaries:")[1]) < 2**24
     report = done.stdout + done.stderr
     spills = [line for line in report.splitlines() if "spill stores" in line]
     assert spills, report[-2000:]
@@ -283,3 +297,23 @@ def test_swiglu_equals_float32_on_the_gpu(sizes, shape, keep_result):
     # The gradient's own operands are rounded, too.
     check(found[:1], run(exact, *wide)[:1])
     check(found[1:], run(exact, *wide)[1:], tolerance=6e-3)
+
+
+@pytest.mark.gpu
+@each_shape
+def test_one_layer_among_all_on_the_gpu(shape):
+    sizes = SIZES["uneven"]
+    x, gate, up, _, scale = operands(sizes, *shape)
+    x = jnp.nan_to_num(x)
+    others = jnp.full_like(gate, jnp.nan)
+    stacks = [jnp.stack([others, w, others]) for w in (gate, up)]
+
+    def run(gate, up, **options):
+        options |= {"implementation": "hopper"}
+        y = grouped_matmul(x, gate, jnp.asarray(sizes), **options)
+        return y, grouped_swiglu(
+            *(x, gate, up, jnp.asarray(sizes)), scale_M=scale, **options
+        )
+
+    for found, expected in zip(run(*stacks, layer=1), run(gate, up)):
+        np.testing.assert_array_equal(found, expected)
