@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
     stages: int = 4  # buffers of operands
     leaving: int = 2  # buffers of results, a warpgroup
     band: int = 8  # columns of tiles that are walked together
-    pair: str = ""  # what a cluster of two blocks splits: "rows", "columns" or nothing
+    pair: bool = False  # two blocks of a cluster share a matrix, each has its own rows
 
     @property
     def blocks(self) -> int:
@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
     @property
     def all_rows(self) -> int:
         """Of a cluster's tile."""
-        return self.rows * (2 if self.pair == "rows" else 1)
+        return self.rows * self.blocks
 
     @property
     def half(self) -> int:
@@ -70,7 +70,8 @@ def row_tiles(
     whose columns are contiguous (not `turned`) come in whole lines.
 
     Two blocks read a matrix together where groups are so small that reading is all, or
-    so large that few tiles are not full; all its columns at once where they are small.
+    so large that few tiles are not full; where they are small, all columns of a row of
+    tiles at once, too.
     """
     candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
     unit = LINE // 2 if turned else LINE
@@ -82,8 +83,8 @@ def row_tiles(
 
     best = min(whole, key=multiplied)
     small, large = rows < SMALL * groups, rows >= LARGE * groups
-    pair = "rows" if best.rows == 128 and (small or large) else ""
-    return best._replace(pair=pair, band=16 if small else 8)
+    pair = best.rows == 128 and (small or large)
+    return best._replace(pair=pair, band=32 if small else 8)
 
 
 def weight_tiles(outer: int, inner: int) -> Tiles:
