@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
+from pallas_kernels.dispatch import named, note_choice
 from pallas_kernels.fp8_matmul import pallas_gpu, reference
 from pallas_kernels.fp8_matmul.quantize import BLOCK, E4M3
 
@@ -85,7 +85,7 @@ def _dispatch(
         function = getattr(IMPLEMENTATIONS[name], operation)
         return functools.partial(function, dtype=dtype)
 
-    x, _, w, *_ = operands
+    implementation, (x, _, w, *_) = named(implementation), operands
     lacking = pallas_gpu.lacks(x, w)
     if implementation == "hopper" and lacking:
         raise NotImplementedError(f"hopper {lacking}: {x.shape=}, {w.shape=}")
