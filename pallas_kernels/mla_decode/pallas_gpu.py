@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
 
 SMS = 132  # of an H100 or H200
@@ -61,17 +64,36 @@ class Options(NamedTuple):
     chain: bool = True
     stagger: bool = True
     rs: bool = False
-    bare: bool = False  # no barriers of Pallas' own
-    ahead: int = 2  # blocks fetched into L2 ahead of the copy
+    bare: bool = True  # no barriers of Pallas' own
+    vote: bool = True
+    thin: bool = True
+    ahead: int | None = None  # blocks fetched into L2 ahead of the copy
     early: bool = True
     cluster: bool = False
     registers: tuple[int, int, int] = (176, 136, 24)  # values, softmax, producer
     skip: tuple[str, ...] = ()
 
 
+@plgpu.inline_mgpu(
+    arg_types=(ROW,),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+)
+def _any_below_one(_, factors) -> mgpu.FragmentedArray:
+    """Whether one of the factors of a warp's rows is."""
+    i1, i32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
+    lowest = functools.reduce(arith.minimumf, factors.registers.flat)
+    if isinstance(lowest.type, ir.VectorType):
+        lowest = vector.extract(lowest, dynamic_position=[], static_position=[0])
+    one = arith.constant(lowest.type, ir.FloatAttr.get(lowest.type, 1.0))
+    below = arith.cmpf(arith.CmpFPredicate.OLT, lowest, one)
+    below = llvm.inline_asm(
+        i1, [below], "vote.sync.any.pred $0, $1, 0xffffffff;", "=b,b", has_side_effects=True
+    )
+    return mgpu.FragmentedArray.splat(arith.extui(i32, below), (), is_signed=True)
+
+
 class Plan(NamedTuple):
-    first: Array
-    last: Array
+    both: Array
     starts: Array
     counts: Array
     longest: Array
@@ -104,9 +126,9 @@ def plan(lengths, slots, tiles):
     starts = jnp.where(b[:, None] > b, costs, 0).sum(1, dtype=jnp.int32)
     starts = jnp.where(uniform, b * same, starts)
     begin = jnp.arange(parts, dtype=jnp.int32)[:, None] * payload
-    first = (starts + counts <= begin).sum(1, dtype=jnp.int32)
-    last = (starts < begin + payload).sum(1, dtype=jnp.int32)
-    return Plan(first, last, starts, counts, longest[None], total[None]), parts
+    over, begun = starts + counts <= begin, starts < begin + payload
+    both = (over + 65536 * begun).sum(1, dtype=jnp.int32)
+    return Plan(both, starts, counts, longest[None], total[None]), parts
 
 
 def decode(
@@ -120,6 +142,8 @@ def decode(
     tiles = -(-M // TALL)
     rows = M // tiles
     o = options
+    if o.ahead is None:
+        o = o._replace(ahead=2 if tiles % 2 == 0 else 0)
     cluster = o.cluster and tiles % 2 == 0
     schedule, parts = plan(lengths_B, P * Z, tiles)
     lengths = jnp.clip(lengths_B, 0, P * Z).astype(jnp.int32)
@@ -130,7 +154,7 @@ def decode(
         pages = jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32)
     dtype = q_BTNL.dtype
 
-    def kernel(first_r, last_r, start_r, count_r, longest_r, total_r, length_r, layer_r, page_r,
+    def kernel(both_r, start_r, count_r, longest_r, total_r, length_r, layer_r, page_r,
                q_r, qr_r, latent_r, rope_r, out_r, lse_r, part_r, part_lse_r, scoped):
         (q_s, qr_s, left_s, right_s, rope_s, p_s, stats,
          q_full, q_free, full, free, p_full, p_free, turn) = scoped
@@ -161,7 +185,8 @@ def decode(
                 hi = jnp.clip((part + 1) * payload - start, 0, count)
                 body(row, lo, hi, n)
                 return n + hi - lo
-            return lax.fori_loop(first_r[part], last_r[part], step, jnp.int32(0))
+            first, last = both_r[part] & 65535, lax.shift_right_logical(both_r[part], 16)
+            return lax.fori_loop(first, last, step, jnp.int32(0))
 
         def produce(row, lo, hi, n):
             @pl.when(n > 0)
@@ -260,7 +285,17 @@ def decode(
                 g = n + j - lo
                 at = lax.rem(g, 2)
                 if "softmax" in o.skip:
-                    p, alpha, m_new = s, l, m
+                    p, alpha, m_new = s, jnp.ones_like(m), m
+                elif o.thin:
+                    s = masked(s, j)
+                    m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
+                    if o.lazy:
+                        m_new = jnp.where(m_new > m + 8, m_new, m)
+                    alpha = jnp.exp2(m - m_new)
+                    p = jnp.exp2(s * (scale * LOG2E) - lax.broadcast_in_dim(m_new, s.shape, [0]))
+                    l = l * lax.broadcast_in_dim(alpha, l.shape, [0])
+                    for c in range(0, BLOCK, 8):
+                        l = l + p[:, c : c + 8]
                 else:
                     s = masked(s * (scale * LOG2E), j)
                     m_new = jnp.maximum(m, s.max(axis=1))
@@ -274,7 +309,7 @@ def decode(
                 def _():
                     plgpu.barrier_wait(p_free.at[at])
                 p_s[at] = p.astype(dtype)
-                if o.lazy:  # 2: leave the sum as it is
+                if o.lazy and not o.vote:  # 2: leave the sum as it is
                     grown = jnp.max(m_new - m)
                     alpha = jnp.where(grown > 0, alpha, jnp.full_like(alpha, 2))
                 stats[at] = alpha
@@ -282,6 +317,8 @@ def decode(
 
             def finish(m, l):
                 at = 2 + lax.rem(n + hi - 1 - lo, 2)
+                if o.thin:
+                    l = l.sum(axis=1)
                 some = l > 0
                 stats[at] = jnp.where(some, 1 / l, jnp.zeros_like(l))
                 lse = jnp.where(some, (m + jnp.log2(l)) / LOG2E, jnp.full_like(l, -jnp.inf))
@@ -348,6 +385,8 @@ def decode(
             plgpu.barrier_wait(q_full)
             m = plgpu.layout_cast(jnp.full((TALL,), NEVER, jnp.float32), ROW)
             l = plgpu.layout_cast(jnp.zeros((TALL,), jnp.float32), ROW)
+            if o.thin:
+                l = plgpu.layout_cast(jnp.zeros((TALL, 8), jnp.float32), WG)
             m, l = lax.fori_loop(0, lax.div(hi - lo, 2), two, (m, l))
 
             @pl.when(lax.rem(hi - lo, 2) == 1)
@@ -387,7 +426,13 @@ def decode(
                         alpha = plgpu.load(stats.at[p_at], (), layout=ROW)
                         return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
                     if "rescale" not in o.skip:
-                        if o.lazy:
+                        if o.lazy and o.vote:
+                            alpha = plgpu.load(stats.at[p_at], (), layout=ROW)
+                            acc = lax.cond(
+                                _any_below_one(alpha) > 0,
+                                lambda acc: acc * lax.broadcast_in_dim(alpha, acc.shape, [0]),
+                                lambda acc: acc, acc)
+                        elif o.lazy:
                             acc = lax.cond(stats[p_at, 0] < 2, rescale, lambda acc: acc, acc)
                         else:
                             acc = rescale(acc)
@@ -583,5 +628,5 @@ def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(*schedule[2:], partial, partial_lse, out_ref, lse_ref)
+    )(*schedule[1:], partial, partial_lse, out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)

@@ -33,7 +33,8 @@ def test_every_block_is_one_parts(lengths, tiles):
     """As the kernel reads the plan; and no part has much more than the mean."""
     schedule, parts = plan(jnp.asarray(lengths), SLOTS, tiles)
     _, _, payload = shares(schedule.longest[0], schedule.total[0], len(lengths), parts)
-    first, last, starts, counts, *_ = map(np.asarray, schedule)
+    both, starts, counts, *_ = map(np.asarray, schedule)
+    first, last = both & 65535, both >> 16
     assert len(first) == len(last) == parts == SMS // tiles
     needed = np.maximum(1, -(-np.minimum(lengths, SLOTS) // BLOCK))
     np.testing.assert_array_equal(counts, needed)
