@@ -57,7 +57,7 @@ QUARTERS = (
 SLOTS = 2  # blocks in shared memory
 ROPE = 4 * SLOTS  # its barrier, behind those of the quarters
 GROWTH = 8  # a row's highest score may grow so much, in powers of 2, before it counts
-REGISTERS = {"values": 176, "weights": 136, "copies": 24}  # of 512 a lane of each
+REGISTERS = {"values": 184, "weights": 120, "copies": 24}  # 512 with values twice
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = MATRIX.reduce(1)
@@ -339,7 +339,7 @@ class _Kernel:
     # --- copies
 
     def copy(self) -> None:
-        plgpu.set_max_registers(REGISTERS["copies"], action="decrease")
+        _take_registers("copies")
         total = self.stretches(self.copy_stretch)
         if self.sizes.clustered:
             # A neighbour may still say that it has done with what came from here.
@@ -430,7 +430,7 @@ class _Kernel:
     # --- scores and weights
 
     def weigh(self) -> None:
-        plgpu.set_max_registers(REGISTERS["weights"], action="increase")
+        _take_registers("weights")
         self.stretches(self.weigh_stretch)
 
     def weigh_stretch(self, stretch: _Stretch) -> None:
@@ -570,7 +570,7 @@ class _Kernel:
     # --- values
 
     def values(self, half: int) -> None:
-        plgpu.set_max_registers(REGISTERS["values"], action="increase")
+        _take_registers("values")
         self.stretches(functools.partial(self.add_stretch, half))
         plgpu.wait_smem_to_gmem(0)
 
@@ -651,6 +651,13 @@ class _Kernel:
                 self.out.at[stretch.row, self.queries, columns],
             )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _take_registers(role: str) -> None:
+    """Of the 128 that each lane of 512 begins with."""
+    count = REGISTERS[role]
+    action = "increase" if count > 128 else "decrease"
+    plgpu.set_max_registers(count, action=action)
 
 
 def _quarter(step, half: int, quarter: int):
