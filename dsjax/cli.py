@@ -284,8 +284,10 @@ def _plan(args: argparse.Namespace) -> None:
 
     environment.prepare()
     from dsjax.plan.command import plan
+    from pallas_kernels import reference_only
 
-    plan(args)
+    with reference_only(args.no_kernels):
+        plan(args)
 
 
 def _sequences(text: str) -> Fraction:
@@ -336,6 +338,11 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         type=_positive,
         metavar="TOKENS",
         help="of a sequence, or of the cache (default: 4096, or all the model can see)",
+    )
+    command.add_argument(
+        "--no-kernels",
+        action="store_true",
+        help="plain JAX in their place, to see what they are worth",
     )
     train = command.add_argument_group("training")
     train.add_argument(

@@ -1,11 +1,33 @@
-"""Saying, once, which kernel an operation takes where, and where plain JAX is left."""
+"""What the operations' choices have in common: plain JAX for all of them, if asked for,
+and saying, once, which kernel one takes where.
+"""
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
 
 log = logging.getLogger("pallas_kernels")
+_reference_only = jax.make_user_context(default_value=False)
+
+
+@contextlib.contextmanager
+def reference_only(yes: bool = True) -> Iterator[None]:
+    """What is traced inside is plain JAX, wherever no implementation is named: to see
+    what the kernels are worth, or whether they are to blame. Part of what `jax.jit`
+    caches by.
+    """
+    with _reference_only(yes):
+        yield
+
+
+def named(implementation: str | None, reference: str = "reference") -> str | None:
+    """The implementation a caller named, else the `reference` if that is asked for."""
+    if implementation is None and _reference_only.value:
+        return reference
+    return implementation
 
 
 def note_choice(

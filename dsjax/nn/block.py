@@ -45,7 +45,7 @@ class Block(nnx.Module):
         x_BTD = keep(x_BTD + y_BTD)
         normed_BTD, routing = self.feed_forward_norm(x_BTD), None
         if isinstance(self.feed_forward, MixtureOfExperts):
-            y_BTD, routing = self.feed_forward(normed_BTD, context)
+            y_BTD, routing = self.feed_forward(normed_BTD, context, layer)
         else:
             y_BTD = self.feed_forward(normed_BTD)
         return x_BTD + y_BTD, cache, routing

@@ -6,7 +6,8 @@ cuts the mesh, rows travel to their experts (`dsjax.nn.dispatch`); and where few
 meet many experts, in decoding, every device of the axis sees all of them.
 
 Letters: B batch, T length, D model, E experts, F expert width, k chosen experts, N
-tokens, M rows (a token's row for each of its experts), R experts of a token at most.
+tokens, M rows (a token's row for each of its experts), R experts of a token at most, Y
+layers.
 """
 
 import enum
@@ -37,7 +38,8 @@ from dsjax.nn.weights import batch_axes, cast
 from dsjax.sharding import axes_of
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
 
-Weights = tuple[Array, Array, Array]  # gate [E, F, D], up [E, F, D], down [E, D, F]
+# gate [E, F, D], up [E, F, D], down [E, D, F]; or those of all layers, [Y, E, ...]
+Weights = tuple[Array, Array, Array]
 
 
 class Experts(nnx.Module):
@@ -60,12 +62,15 @@ class Experts(nnx.Module):
         routing: Routing,
         phase: kv.Phase,
         shared: SwiGlu | None = None,
+        layer: Int[Array, ""] | int = 0,
     ) -> Float[Array, "B T D"]:
-        """Each token's weighted sum over its chosen experts, plus the shared ones'."""
-        weights = [
-            cast(w, self.dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EDF)
-        ]
-        way, batch = _way(x_BTD, weights, phase), batch_axes(x_BTD)
+        """Each token's weighted sum over its chosen experts, plus the shared ones'.
+
+        `layer` says which is meant, where the weights are those of all layers.
+        """
+        rested = self.gate_EFD[...], self.up_EFD[...], self.down_EDF[...]
+        way, batch = _way(x_BTD, rested, phase), batch_axes(x_BTD)
+        weights, layers = self._weights(rested, way, layer)
         within = () if shared is None else shared.weights()
         if way is not _Way.ALL_SEE_ALL or not _cut_alike(weights[0], *within[:1]):
             within = ()
@@ -74,7 +79,7 @@ class Experts(nnx.Module):
 
         tables = () if self.slots is None else (self.slots_EX[...],)
 
-        def local(x_BTD, chosen_BTk, affinity_BTk, weights, within, tables):
+        def local(x_BTD, chosen_BTk, affinity_BTk, weights, within, tables, layers):
             tokens = x_BTD, chosen_BTk, affinity_BTk
             tokens = [a.reshape(-1, a.shape[-1]) for a in tokens]
             for table_EX in tables:
@@ -83,12 +88,14 @@ class Experts(nnx.Module):
             weights = tuple(map(_gathered, weights, specs))
             match way:
                 case _Way.HERE:
-                    y_ND = apply_experts(*tokens, weights)
+                    y_ND = apply_experts(*tokens, weights, *layers)
                 case _Way.DISPATCHED:
                     y_ND = dispatched(apply_experts, *tokens, weights, self.config)
                 case _Way.ALL_SEE_ALL:
                     gather = "expert" in axes_of(batch)
-                    y_ND = _all_see_all(*tokens, weights, within, gather=gather)
+                    y_ND = _all_see_all(
+                        *tokens, weights, *layers, shared=within, gather=gather
+                    )
             if tensor:
                 y_ND = jax.lax.psum(y_ND, "tensor")
             return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
@@ -98,17 +105,35 @@ class Experts(nnx.Module):
             local,
             in_specs=(
                 *(rows, rows, rows, (in_EFD, in_EFD, out_EDF), _specs(within)),
-                _specs(tables),
+                *(_specs(tables), _specs(layers)),
             ),
             out_specs=rows,
             check_vma=False,
         )(
             *(x_BTD, self._computed(routing), routing.weights_BTk),
-            *(tuple(weights), within, tables),
+            *(weights, within, tables, layers),
         )
         if shared is not None and not within:
             y_BTD += shared(x_BTD)
         return y_BTD
+
+    def _weights(
+        self, rested: Weights, way: "_Way", layer: Array | int
+    ) -> tuple[Weights, tuple[Array, ...]]:
+        """Those that are used, and which layer's, where they are those of all.
+
+        What is cast, gathered, or travelled to by a program with a gradient of its own is
+        cut out of the stack first.
+        """
+        layers = ()
+        if rested[0].ndim == 4:
+            layers = (jnp.asarray(layer, jnp.int32),)
+            stays = not any(_is_cut(spec, "fsdp") for spec in _specs(rested))
+            if stays and rested[0].dtype == self.dtype and way is not _Way.DISPATCHED:
+                return rested, layers
+            rested = (kv.read(w, *layers) for w in rested)
+        looped = self.gate_EFD.get_metadata("looped")
+        return tuple(cast(w, self.dtype, looped=looped) for w in rested), ()
 
     def _computed(self, routing: Routing) -> Int[Array, "B T k"]:
         """The chosen experts; a dropped choice names none that exists."""
@@ -116,6 +141,17 @@ class Experts(nnx.Module):
             return routing.indices_BTk
         nowhere = self.config.num_experts  # or slots, which are more
         return jnp.where(routing.kept_BTk, routing.indices_BTk, nowhere)
+
+
+def of_experts(path: tuple, _) -> bool:
+    """Of a model's variables, the routed experts' weights, which a layer may be handed
+    together with those of all layers: a filter for `nnx.split`.
+    """
+    return path[-2:-1] == ("experts",) and path[-1] in (
+        "gate_EFD",
+        "up_EFD",
+        "down_EDF",
+    )
 
 
 class _Way(enum.Enum):
@@ -167,8 +203,9 @@ def _all_see_all(
     chosen_Nk: Array,
     affinity_Nk: Array,
     weights: Weights,
-    shared: tuple[Array, ...],
+    layer: Array | None = None,
     *,
+    shared: tuple[Array, ...],
     gather: bool,
 ) -> Float[Array, "N D"]:
     """Each device multiplies what its own experts were chosen for, of the tokens of all
@@ -180,9 +217,9 @@ def _all_see_all(
     if gather:
         tokens = [jax.lax.all_gather(a, "expert", tiled=True) for a in tokens]
     x_ND, chosen_Nk, affinity_Nk = tokens
-    here_Nk = chosen_Nk - jax.lax.axis_index("expert") * weights[0].shape[0]
+    here_Nk = chosen_Nk - jax.lax.axis_index("expert") * weights[0].shape[-3]
     expected = -(-chosen_Nk.size // jax.lax.axis_size("expert"))
-    y_ND = apply_experts(x_ND, here_Nk, affinity_Nk, weights, expected=expected)
+    y_ND = apply_experts(x_ND, here_Nk, affinity_Nk, weights, layer, expected=expected)
     if shared:
         y_ND += swiglu(x_ND, *shared)
     y_ND = y_ND.astype(x_ND.dtype)
@@ -196,6 +233,7 @@ def apply_experts(
     chosen_Nk: Int[Array, "N k"],
     affinity_Nk: Float[Array, "N k"],
     weights: Weights,
+    layer: Int[Array, ""] | None = None,
     *,
     most: int | None = None,
     expected: int | None = None,
@@ -203,10 +241,11 @@ def apply_experts(
     """The weighted sum over those of each token's experts that are here, in float32.
 
     `chosen` outside 0..E-1 names experts that are elsewhere. `most` bounds how many
-    choices are here in all, `expected` is how many are likely.
+    choices are here in all, `expected` is how many are likely. With `layer`, weights are
+    those of all layers.
     """
     gate_EFD, up_EFD, down_EDF = weights
-    (N, k), E = chosen_Nk.shape, gate_EFD.shape[0]
+    (N, k), E = chosen_Nk.shape, gate_EFD.shape[-3]
     R = min(k, E)
     M = most or N * R
     expert_Nk = jnp.where((chosen_Nk >= 0) & (chosen_Nk < E), chosen_Nk, E)
@@ -221,7 +260,7 @@ def apply_experts(
     affinity_M = gather_rows(affinity_Nk.reshape(-1), choice_M, place_Nk.reshape(-1, 1))
     # Weighed before the last product, which is linear: that costs no rounding of its
     # own, and the gradient with respect to an affinity is a sum over F, not D.
-    options = {"expected_rows": expected}
+    options = {"expected_rows": expected, "layer": layer}
     gate_up = gate_EFD, up_EFD
     h_MF = grouped_swiglu(x_MD, *gate_up, sizes_E, scale_M=affinity_M, **options)
     y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, **options)

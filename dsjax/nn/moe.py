@@ -4,7 +4,7 @@ Letters: B batch, T length, D model.
 """
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsjax.config import Moe
 from dsjax.nn import cache as kv
@@ -25,9 +25,12 @@ class MixtureOfExperts(nnx.Module):
             self.shared = SwiGlu(d_model, config.num_shared * config.width, build=build)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: kv.Context
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: kv.Context,
+        layer: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The layer's contribution to the residual stream, and where tokens went."""
         routing = self.router(x_BTD, context)
         shared = self.shared if self.config.num_shared else None
-        return self.experts(x_BTD, routing, context.phase, shared), routing
+        return self.experts(x_BTD, routing, context.phase, shared, layer), routing

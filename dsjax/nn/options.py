@@ -21,7 +21,13 @@ from pallas_kernels.flash_attention import api as flash_attention
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 
 _KEPT, _INPUT = "kept", "layer input"
-COPIES = ("convert_element_type", "optimization_barrier", "reshard", "all_gather")
+COPIES = (
+    "convert_element_type",
+    "optimization_barrier",
+    "reshard",
+    "all_gather",
+    "split",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +109,9 @@ def layer_input(x: Array) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What every part of a model is built with: how weights start, rest and compute, and
-    how many slots routed experts have, if not one each.
+    """What every part of a model is built with: how weights start, rest and compute, how
+    many slots routed experts have, if not one each, and whether a loop runs over stacked
+    layers.
     """
 
     std: float
@@ -112,16 +119,18 @@ class Build:
     precision: Precision
     rngs: nnx.Rngs
     slots: Slots | None = None
+    looped: bool = False
 
     def weight(self, shape: tuple[int, ...], spec: P) -> nnx.Param:
         """A normal(0, std) weight. `spec` tells how one layer's array rests."""
-        return weight(self.rngs, shape, spec=spec, std=self.std, **self._resting)
+        options = {"std": self.std, "dtype": self.precision.params}
+        return weight(self.rngs, shape, **options, **self.metadata(spec))
 
     def filled(self, shape: tuple[int, ...], value: float, spec: P) -> nnx.Param:
         """A constant weight."""
-        return filled(shape, value, spec=spec, **self._resting)
+        return filled(shape, value, dtype=self.precision.params, **self.metadata(spec))
 
-    @property
-    def _resting(self) -> dict[str, Any]:
+    def metadata(self, spec: P) -> dict[str, Any]:
+        """What a weight's variable knows of its place."""
         storage = self.sharding.storage
-        return {"storage": storage, "dtype": self.precision.params}
+        return {"spec": spec, "storage": storage, "looped": self.looped}

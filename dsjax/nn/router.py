@@ -53,8 +53,8 @@ class Router(nnx.Module):
         self.weight_ED = build.weight(shape, sharding.router_ED)
         if config.selection_bias:
             zeros = jnp.zeros((config.num_experts,), jnp.float32)
-            spec, storage = sharding.router_bias_E, sharding.storage
-            self.bias_E = RouterBias(zeros, spec=spec, storage=storage)
+            metadata = build.metadata(sharding.router_bias_E)
+            self.bias_E = RouterBias(zeros, **metadata)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], context: kv.Context) -> Routing:
         """The routing of every token."""
@@ -130,8 +130,17 @@ def _limit_to_groups(choice_BTE: Array, groups: Groups) -> Array:
         case GroupScore.MAX:
             rating = grouped.max(axis=-1)
         case GroupScore.TOP2_SUM:
-            rating = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+            rating = _two_largest(grouped)
     kept = jax.lax.top_k(rating, groups.kept)[1]
     keep = jax.nn.one_hot(kept, groups.count, dtype=bool).any(axis=-2)
     limited = jnp.where(keep[..., None], grouped, -jnp.inf)
     return limited.reshape(choice_BTE.shape)
+
+
+def _two_largest(x: Float[Array, "*L E"]) -> Float[Array, "*L"]:
+    """The sum of the two largest: `top_k` would sort each row, on a TPU one at a time."""
+    largest = x.max(axis=-1)
+    below = x < largest[..., None]
+    next_largest = jnp.where(below, x, -jnp.inf).max(axis=-1)
+    alone = (~below).sum(axis=-1) == 1
+    return largest + jnp.where(alone, next_largest, largest)

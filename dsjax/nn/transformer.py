@@ -18,6 +18,7 @@ from dsjax.nn import cache as kv
 from dsjax.nn.block import Block
 from dsjax.nn.dropping import Dropping
 from dsjax.nn.embedding import look_up
+from dsjax.nn.experts import of_experts
 from dsjax.nn.mtp import MultiTokenPrediction
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import FLOAT32, Build, Precision, Remat, layer_input
@@ -81,15 +82,16 @@ class Transformer(nnx.Module):
         )
         self.embedding_VD = build.weight((V, D), sharding.embedding_VD)
         self.segments = nnx.List(
-            _stack(config, segment, build) for segment in config.segments
+            _stack(config, segment, replace(build, looped=segment.count > unroll))
+            for segment in config.segments
         )
         self.final_norm = RmsNorm(D, eps=config.norm_eps, build=build)
         if not config.tied_embeddings:
             self.head_VD = build.weight((V, D), sharding.head_VD)
         if config.mtp:
-            self.mtp = MultiTokenPrediction(
-                config, build=replace(build, slots=None), remat=remat
-            )
+            # What it computes again must not be found at hand: as of a layer in a loop.
+            once = replace(build, slots=None, looped=True)
+            self.mtp = MultiTokenPrediction(config, build=once, remat=remat)
 
     @property
     def dtype(self) -> np.dtype:
@@ -291,15 +293,18 @@ def _scan(
 ) -> tuple[Array, kv.LayerCache | None, Routing | None]:
     """Runs a stack's layers one after the other, `unroll` of them a compiled loop body.
 
-    The cache is carried, not scanned over, so that layers write into one buffer.
+    The cache is carried, not scanned over, so that layers write into one buffer. With
+    one, no gradient is to come: experts' weights are not scanned over either, which would
+    cut each layer's out of the stack, but read where they lie.
     """
-    graph, state = nnx.split(stack)
+    whole = of_experts if cache is not None else nnx.Nothing()
+    graph, experts, state = nnx.split(stack, whole, ...)
     count = jax.tree.leaves(state)[0].shape[0]
 
     def layer(carry, inputs):
         x_BTD, cache = carry
         weights, index = inputs
-        block = nnx.merge(graph, weights)
+        block = nnx.merge(graph, experts, weights)
         x_BTD, cache, routing = block(layer_input(x_BTD), context, cache, index)
         return (x_BTD, cache), routing
 

@@ -23,28 +23,22 @@ def weight(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
     *,
-    spec: P,
-    storage: tuple[str, ...],
     std: float,
     dtype: DTypeLike,
+    **metadata,
 ) -> nnx.Param:
-    """A normal(0, std) weight. `spec` tells how one layer's array rests on the mesh,
-    `storage` which axes of it are gathered for its use.
+    """A normal(0, std) weight. Its metadata: `spec` tells how one layer's array rests on
+    the mesh, `storage` which axes of it are gathered for its use, `looped` that its casts
+    must stay where they are, as in a loop over layers that slices it from their stack.
     """
-    values = std * jax.random.normal(rngs.params(), shape, dtype)
-    return nnx.Param(values, spec=spec, storage=storage)
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), **metadata)
 
 
 def filled(
-    shape: tuple[int, ...],
-    value: float,
-    *,
-    spec: P,
-    storage: tuple[str, ...],
-    dtype: DTypeLike,
+    shape: tuple[int, ...], value: float, *, dtype: DTypeLike, **metadata
 ) -> nnx.Param:
-    """A constant weight: norm scales start at 1, biases at 0."""
-    return nnx.Param(jnp.full(shape, value, dtype), spec=spec, storage=storage)
+    """A constant weight: norm scales start at 1, biases at 0. Metadata as of `weight`."""
+    return nnx.Param(jnp.full(shape, value, dtype), **metadata)
 
 
 def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
@@ -52,7 +46,7 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
 
     Gathers one mesh axis at a time: two at once compile to a full-size all-reduce.
     """
-    array = cast(weight, dtype)
+    array = cast(weight[...], dtype, looped=weight.get_metadata("looped"))
     spec = spec_of(array)
     for axis in reversed(weight.get_metadata("storage")):
         gathered = P(*(_without(entry, axis) for entry in spec))
@@ -61,13 +55,12 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     return array
 
 
-def cast(weight: nnx.Variable, dtype: DTypeLike) -> Array:
-    """The weight in the compute dtype, as it rests."""
-    array = weight[...]
-    if array.dtype == dtype:
-        return array
-    # Or XLA casts the stacked layers as a whole, before the loop over them.
-    return jax.lax.optimization_barrier(array).astype(dtype)
+def cast(array: Array, dtype: DTypeLike, *, looped: bool) -> Array:
+    """A weight in the compute dtype, as it rests."""
+    if array.dtype != dtype and looped:
+        # Or XLA casts the stacked layers as a whole, before the loop over them.
+        array = jax.lax.optimization_barrier(array)
+    return array.astype(dtype)
 
 
 def batch_axes(x: Array) -> str | tuple[str, ...] | None:

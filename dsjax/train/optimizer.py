@@ -4,6 +4,7 @@ clip 1.0).
 The learning rate is no part of it: `apply` takes the rate of its step.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax
@@ -49,24 +50,44 @@ def decays(path: str) -> bool:
     return leaf != "scale" and "bias" not in leaf
 
 
-def adamw(optimizer: AdamW) -> optax.GradientTransformation:
+def adamw(optimizer: AdamW) -> optax.GradientTransformationExtraArgs:
     """From gradients to what the learning rate multiplies: the global norm clipped,
     Adam's direction, and the decay added.
 
-    The moments take each parameter's sharding.
+    Its update takes the keyword `norm`, the gradients' own. The moments take each
+    parameter's sharding.
     """
 
     def decay_mask(params: Parameters) -> dict[str, bool]:
         return {path: decays(path) for path in params}
 
     return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip),
+        _clipped(optimizer.clip),
         _resting(
             optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps),
             optimizer.moments,
         ),
         optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask),
     )
+
+
+def global_norm(
+    gradients: Parameters, *, apart: Collection[str] = ()
+) -> Float[Array, ""]:
+    """The norm over all gradients, float32 whatever they rest in.
+
+    Those at the paths `apart` are stacks of what the program has layer by layer: each
+    layer is summed by itself, since a sum that reads through a stack is slow on a GPU.
+    """
+
+    def squares(x: Array) -> Array:
+        return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+    total = jnp.zeros((), jnp.float32)
+    for path, gradient in gradients.items():
+        parts = gradient if path in apart else [gradient]
+        total += sum(map(squares, parts))
+    return jnp.sqrt(total)
 
 
 def apply(
@@ -79,6 +100,16 @@ def apply(
         return moved.astype(weight.dtype)
 
     return jax.tree.map(step, params, updates)
+
+
+def _clipped(most: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients of a norm over `most` are scaled down to it, and float32 from here on."""
+
+    def update(gradients, state, params=None, *, norm):
+        scale = jnp.where(norm > most, most / norm, 1.0)
+        return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def _resting(

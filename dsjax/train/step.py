@@ -14,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float
 
 from dsjax.nn.transformer import Transformer
+from dsjax.nn.weights import flat
 from dsjax.train import balance
 from dsjax.train.objective import Objective, Terms, expert_parts, losses, shares
-from dsjax.train.optimizer import AdamW, adamw, apply
+from dsjax.train.optimizer import AdamW, adamw, apply, global_norm
 from dsjax.train.schedule import Progress, Schedule, value
 from dsjax.train.state import TrainState, init_state, write_back
 from dsjax.train.zero import Weights, at_rest, gathered
@@ -38,6 +38,7 @@ __all__ = [
     "write_back",
 ]
 
+LARGE = 2**26  # elements of a stack whose layers' norms are worth a kernel each
 Batch = Mapping[str, Any]  # "tokens" int32 [A, B, S], "segments" the same if asked
 
 
@@ -130,7 +131,7 @@ def make_step(
     dtype = model.precision.gradients
     parts = expert_parts(model.config, objective)
 
-    @jax.jit(donate_argnums=0)
+    @jax.jit(donate_argnums=0, compiler_options=_compiler_options(model))
     def step(state: TrainState, batch: Batch, rates: Rates):
         def total(params: Weights, microbatch: Batch, key: Array):
             terms = losses(
@@ -149,8 +150,10 @@ def make_step(
 
         whole, key = shares(batch), state.key()
         gradients, terms = _add_up(gradient, gathered(state.params, model), batch, key)
-        norm = optax.tree.norm(gradients)
-        updates, moments = transform.update(gradients, state.moments, state.params)
+        norm = global_norm(gradients, apart=_unrolled(model))
+        updates, moments = transform.update(
+            gradients, state.moments, state.params, norm=norm
+        )
         params = apply(state.params, updates, rates.learning_rate)
         loads = dict(zip(parts, terms.loads))
         new = replace(
@@ -193,6 +196,31 @@ def _add_up(
         jax.eval_shape(one, *first),
     )
     return jax.lax.scan(body, zeros, inputs)[0]
+
+
+def _compiler_options(model: Transformer) -> dict[str, str]:
+    """On NVIDIA GPUs, loops belong to the CUDA graphs that launch a step, and products
+    of the same operand stay apart: together, their results are copied apart again. Worth
+    2% of a step (benchmarks/train_speed.md).
+    """
+    if model.mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return {}
+    return {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+        "DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
+
+
+def _unrolled(model: Transformer) -> set[str]:
+    """The paths of large weights whose layers are no loop."""
+    return {
+        path
+        for path, weight in flat(model).items()
+        if path.startswith("segments.")
+        and not weight.get_metadata("looped")
+        and weight.size >= LARGE
+    }
 
 
 def _balanced(biases: Weights, loads: dict[str, Array], speed: Array) -> Weights:

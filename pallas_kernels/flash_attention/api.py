@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
+from pallas_kernels.dispatch import named, note_choice
 from pallas_kernels.flash_attention import cudnn, pallas_tpu, reference
 from pallas_kernels.flash_attention.reference import Visible
 
@@ -65,7 +65,7 @@ def flash_attention(
         or kernel.lacks(q_BTKGH, k_BSKH, v_BSKU, visible)
         for name, kernel in KERNELS.items()
     }
-    match implementation:
+    match implementation := named(implementation):
         case None:
             names = tuple(name for name in KERNELS if not lacking[name])
             reasons = {where: lacking[name] for where, name in PLATFORMS.items()}

@@ -33,7 +33,9 @@ BLOCK_BYTES = (
     768 * 1024
 )  # of a block's keys and values: as much as fits in 16 MiB of VMEM
 STEP = 2**16  # about 0.2 us of a v5p: assumed, not measured
-PARTS_BYTES = 2**29  # of the gradient of the queries, before its parts are added up
+# Of the gradient of the queries, before its parts are added up: of a group of kv heads,
+# and at most, of one.
+PARTS_BYTES, MOST_PARTS_BYTES = 2**29, 2**31
 LANES = 128
 
 
@@ -83,7 +85,8 @@ def forward(
             save_residuals=True,
             sinks=None,
         )
-        call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
+        estimates = work.estimates(q, k, v, segments, block=size, fused=True)
+        call = _with_estimates(call, estimates)
         out_NTU, (lse_NT,) = call(_seen_by_queries(q.shape[1], size), q, k, v, segments)
         return out_NTU, lse_NT
 
@@ -109,18 +112,23 @@ def backward(
     size = _block(q_BTKGH, v_BTKU)
     B, T, K, G, H = q_BTKGH.shape
     groups = _head_groups(q_BTKGH, size)
+    fused = groups > 0
+    groups = groups or 1
 
     def group(part):
         operands, kept = part
         q, k, v, segments = operands
 
-        def call(mask, q, k, v, segments, out, lse, dout):
-            kept = (q, k, v, segments, None, out, lse, None, mask)
-            options = _options(size) | {"save_residuals": False}
+        def call(masks, q, k, v, segments, out, lse, dout):
+            kept = (q, k, v, segments, None, out, lse, *masks)
+            options = _options(size, fused=fused) | {"save_residuals": False}
             return splash._splash_attention_bwd(**options, res=kept, do=dout)[3:6]
 
-        call = _with_estimates(call, work.estimates(q, k, v, segments, block=size))
-        return call(_seeing_keys(q.shape[1], size), *operands, *kept)
+        estimates = work.estimates(q, k, v, segments, block=size, fused=fused)
+        length = q.shape[1]
+        by_queries = None if fused else _seen_by_queries(length, size)
+        masks = by_queries, _seeing_keys(length, size)
+        return _with_estimates(call, estimates)(masks, *operands, *kept)
 
     kept = [
         _heads_first(x.reshape(B, T, K * G, *x.shape[4:]), size)
@@ -140,13 +148,17 @@ def backward(
 
 
 def _head_groups(q_BTKGH: Array, size: int) -> int:
-    """In how many groups of kv heads the backward kernel runs: it leaves the gradient of
-    the queries in as many parts as there are blocks of keys, for XLA to add up.
+    """In how many groups of kv heads the fused backward kernel runs: it leaves the
+    gradient of the queries in as many parts as there are blocks of keys, for XLA to add
+    up. None (0) if those of a single head are too large: their bytes grow with the square
+    of the length, and two kernels, which make scores twice, have no such parts.
     """
     _, T, K, G, H = q_BTKGH.shape
     parts = -(-T // size)
     lanes = -(-H // LANES) * LANES
     head_bytes = parts * parts * size * G * lanes * q_BTKGH.dtype.itemsize
+    if head_bytes > MOST_PARTS_BYTES:
+        return 0
     least = min(K, -(-K * head_bytes // PARTS_BYTES))
     return next(n for n in range(max(least, 1), K + 1) if K % n == 0)
 
@@ -155,15 +167,16 @@ def _block(q: Array, v: Array) -> int:
     return block_size(q.shape[1], (q.shape[-1], v.shape[-1]), q.dtype.itemsize)
 
 
-def _options(size: int) -> dict:
+def _options(size: int, *, fused: bool = True) -> dict:
     """Arguments of splash that are the same in all of its kernels."""
     names = ["q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute"]
+    names += [] if fused else ["q_dq", "kv_dq"]
     sizes = {f"block_{name}": size for name in names}
     return {
         "mask_value": splash.DEFAULT_MASK_VALUE,
         "is_mqa": False,
         # One backward kernel: two would make scores and their gradients twice.
-        "block_sizes": splash.BlockSizes(**sizes, use_fused_bwd_kernel=True),
+        "block_sizes": splash.BlockSizes(**sizes, use_fused_bwd_kernel=fused),
         "residual_checkpoint_name": None,
         "mask_function": _past_and_itself,
         "attn_logits_soft_cap": None,

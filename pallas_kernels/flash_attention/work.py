@@ -7,44 +7,27 @@ Letters: N query heads, T length, b block, H size of queries and keys, U of valu
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-from jax.experimental import pallas as pl
 from jaxtyping import Array
+
+from pallas_kernels.work import Work
 
 LANES, SUBLANES = 128, 8
 
 
-class Work(NamedTuple):
-    """One kernel's work on one sequence: bytes by operand, floating-point operations.
-
-    `moved` are copies between HBM and VMEM, `needed` each array once and without what
-    the kernel pads; of the FLOPs, those of the blocks visited and of the pairs seen.
-    """
-
-    moved: dict[str, int]
-    needed: int
-    flops: int
-    flops_needed: int
-    exponentials: int
-
-    def estimate(self) -> pl.CostEstimate:
-        """For `pallas_call`."""
-        return pl.CostEstimate(
-            flops=self.flops,
-            transcendentals=self.exponentials,
-            bytes_accessed=sum(self.moved.values()),
-        )
-
-
-def estimates(q_NTH: Array, k_KTH: Array, v_KTU: Array, segments, *, block: int):
-    """The estimate of each kernel, by its phase."""
+def estimates(
+    q_NTH: Array, k_KTH: Array, v_KTU: Array, segments, *, block: int, fused: bool
+):
+    """The estimate of each kernel, by its phase's name in splash."""
     heads = q_NTH.shape[0], k_KTH.shape[0]
     sizes = q_NTH.shape[-1], v_KTU.shape[-1]
     bytes_each = q_NTH.dtype.itemsize
+    phases = {"fwd": "fwd"} | (
+        {"dkv": "fused"} if fused else {"dkv": "dkv", "dq": "dq"}
+    )
     return {
-        phase: count(
+        name: count(
             phase,
             length=q_NTH.shape[1],
             heads=heads,
@@ -53,7 +36,7 @@ def estimates(q_NTH: Array, k_KTH: Array, v_KTU: Array, segments, *, block: int)
             bytes_each=bytes_each,
             segments=segments is not None,
         ).estimate()
-        for phase in ("fwd", "dkv")
+        for name, phase in phases.items()
     }
 
 
@@ -67,14 +50,16 @@ def count(
     bytes_each: int,
     segments: bool = False,
 ) -> Work:
-    """The work of "fwd" or "dkv" (all three gradients) on one sequence.
+    """The work of one kernel on one sequence: "fwd", "fused" (all three gradients), or,
+    one after the other, "dkv" and "dq".
 
     `heads` are those of queries and of keys, `sizes` those of a key and of a value;
     `block` divides `length`.
     """
     (N, K), (H, U) = heads, sizes
     blocks = length // block
-    if phase == "dkv":  # walks along the keys, and for each along heads and queries
+    by_keys = phase in ("dkv", "fused")
+    if by_keys:  # walks along the keys, and for each along heads and queries
         key, head, query = np.indices((blocks, N, blocks)).reshape(3, -1)
         step, query, kv_block = query, np.maximum(query, key), key
     else:
@@ -84,30 +69,33 @@ def count(
     ours, theirs = (head, query), (kv_head, kv_block)
     keys, values = block * H * bytes_each, block * U * bytes_each
     lanes, sublanes = block * LANES * 4, block * SUBLANES * 4
-    row = (sublanes if phase == "dkv" else block * 4, ours)  # one number a query
+    row = (sublanes if by_keys else block * 4, ours)  # one number a query
     operands = {"q": (keys, ours), "k": (keys, theirs), "v": (values, theirs)}
+    back = {"do": (values, ours), "logsumexp": row, "di": row}
+    by_kv = {"dk": (keys, theirs), "dv": (values, theirs)}
     match phase:
         case "fwd":
             operands |= {"o": (values, ours), "logsumexp": (lanes, ours)}
             products = H + U
-        case "dkv":
-            operands |= {"do": (values, ours), "logsumexp": row, "di": row}
-            operands |= {"dk": (keys, theirs), "dv": (values, theirs)}
-            operands |= {
-                "dq": (keys, (key, head, step))
-            }  # a part for each block of keys
+        case "fused":  # a part of dq for each block of keys
+            operands |= back | by_kv | {"dq": (keys, (key, head, step))}
             products = 3 * H + 2 * U
-    one, other = (sublanes, lanes) if phase == "dkv" else (lanes, sublanes)
+        case "dkv":
+            operands |= back | by_kv
+            products = 2 * H + 2 * U
+        case "dq":
+            operands |= back | {"dq": (keys, ours)}
+            products = 2 * H + U
+    one, other = (sublanes, lanes) if by_keys else (lanes, sublanes)
     operands["q_sequence"] = (one, (query,))
     if segments:
         operands["q_segment_ids"] = (one, (query,))
         operands["kv_segment_ids"] = (other, (kv_block,))
     visited = N * blocks * (blocks + 1) // 2 * block**2
+    moved = {name: size * _copies(*where) for name, (size, where) in operands.items()}
     return Work(
-        moved={
-            name: size * _copies(*where) for name, (size, where) in operands.items()
-        },
-        needed=_needed(phase, length, heads, sizes, bytes_each),
+        moved=moved,
+        needed=_needed(moved, length, heads, sizes, bytes_each),
         flops=2 * visited * products,
         flops_needed=2 * N * math.comb(length + 1, 2) * products,
         exponentials=visited,
@@ -120,12 +108,11 @@ def _copies(*indices: np.ndarray) -> int:
     return 1 + int((index[:, 1:] != index[:, :-1]).any(axis=0).sum())
 
 
-def _needed(phase, length, heads, sizes, bytes_each) -> int:
+def _needed(operands, length, heads, sizes, bytes_each) -> dict[str, int]:
+    """Each array once, without what the kernels pad; numbers of tokens are none of them."""
     (N, K), (H, U) = heads, sizes
-    q, k, v, out, row = N * H, K * H, K * U, N * U, N * 4  # the last in float32
-    wide = {
-        "fwd": q + k + v + out,
-        "dkv": 2 * q + 2 * (k + v) + out,
-    }
-    rows = row if phase == "fwd" else 2 * row
-    return length * (bytes_each * wide[phase] + rows)
+    numbers = {"q": N * H, "k": K * H, "v": K * U, "o": N * U}
+    numbers |= {f"d{name}": size for name, size in numbers.items()}
+    each = {name: size * bytes_each for name, size in numbers.items()}
+    each |= {"logsumexp": N * 4, "di": N * 4}
+    return {name: length * each.get(name, 0) for name in operands}

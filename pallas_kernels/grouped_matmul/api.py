@@ -1,6 +1,6 @@
 """The face of the grouped matmul: what it computes, and who computes it where.
 
-Letters: M rows, K inner, N outer, G groups; D the model, F an expert.
+Letters: M rows, K inner, N outer, G groups, Y layers; D the model, F an expert.
 """
 
 import functools
@@ -10,11 +10,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import named
 from pallas_kernels.grouped_matmul.implementations import (
     IMPLEMENTATIONS,
     combine,
     dispatch,
 )
+from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer
+from pallas_kernels.grouped_matmul.tiles_gpu import lacks as gpu_lacks
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
@@ -22,9 +25,10 @@ KEPT = "grouped_matmul"  # the `checkpoint_name` of what the gradient needs
 
 def grouped_matmul(
     x_MK: Float[Array, "M K"],
-    w_GNK: Float[Array, "G N K"],
+    w_GNK: Float[Array, "*Y G N K"],
     sizes_G: Int[Array, " G"],
     *,
+    layer: Int[Array, ""] | int | None = None,
     implementation: str | None = None,
     expected_rows: int | None = None,
 ) -> Float[Array, "M N"]:
@@ -38,45 +42,58 @@ def grouped_matmul(
     `w` may be float32 where `x` is bfloat16: it is rounded for the products, and its
     gradient stays as it was summed up, in float32.
 
+    With `layer`, `w` is [Y, G, N, K], the weights of all layers, of which that one is
+    used; on a TPU no copy of it is made. A layer outside is clipped to the first or last.
+    Meant for inference: the gradient of the stack is as large as the stack, mostly zeros.
+
     `implementation`: "tpu" is a kernel for TPUs, bfloat16 or float32, N and K that 128
-    divides; "hopper" is one for NVIDIA's H100 and H200, bfloat16, sizes that 128 divides;
-    "blocked" is portable and does the work of the rows there are; "padded" copies rows
-    and matrices into one batched product, quicker than "blocked" on a GPU where the
-    copies fit; "ragged_dot" is XLA's, native on TPU but dense (all groups times all rows)
-    elsewhere. None chooses by the platform that is compiled for, and logs its choice in
-    one line.
+    divides; "hopper" is one for NVIDIA's H100 and H200, bfloat16, quick without copies
+    where 64 divides N and K and 8 divides M; "blocked" is portable and does the work of
+    the rows there are; "padded" copies rows and matrices into one batched product,
+    quicker than "blocked" on a GPU where the copies fit; "ragged_dot" is XLA's, native on
+    TPU but dense (all groups times all rows) elsewhere. None chooses by the platform that
+    is compiled for, and logs its choice in one line.
 
     `expected_rows`: of the M, how many belong to groups in the mean; None means all. It
     changes nothing but the cost that kernels report to the compiler.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
-        NotImplementedError: "tpu" was named and does not take these operands.
+        NotImplementedError: "tpu" or "hopper" was named and does not take these operands.
     """
-    expected_rows = _check(x_MK, w_GNK, sizes_G, implementation, expected_rows)
+    w, implementation = _of(w_GNK, layer), named(implementation, "blocked")
+    expected_rows = _check(x_MK, w, sizes_G, implementation, expected_rows)
     sizes_G = _within(sizes_G, x_MK.shape[0])
-    return _product(x_MK, w_GNK, sizes_G, implementation, expected_rows)
+    return _product(x_MK, w, sizes_G, implementation, expected_rows)
 
 
 def grouped_swiglu(
     x_MD: Float[Array, "M D"],
-    gate_GFD: Float[Array, "G F D"],
-    up_GFD: Float[Array, "G F D"],
+    gate_GFD: Float[Array, "*Y G F D"],
+    up_GFD: Float[Array, "*Y G F D"],
     sizes_G: Int[Array, " G"],
     *,
+    layer: Int[Array, ""] | int | None = None,
     scale_M: Float[Array, " M"] | None = None,
     implementation: str | None = None,
     expected_rows: int | None = None,
+    keep_result: bool = False,
 ) -> Float[Array, "M F"]:
     """Row m of group g becomes silu(x[m] @ gate[g].T) * (x[m] @ up[g].T) * scale[m].
 
     All but the products' own rounding is float32 until the end; without `scale` it is 1.
-    Rows, sizes, dtypes, options and errors are those of `grouped_matmul`. On a TPU all
+    Rows, sizes, layers, dtypes, options and errors are those of `grouped_matmul`. On a TPU all
     is one kernel where its tiles fit, which reads `x` once and rounds the result alone.
     The gradient needs both products: then they are what one kernel makes and what is
     kept, by the name KEPT, and the result is made from them.
+
+    `keep_result`: for gradients, the result is kept by that name, too. It costs its
+    memory, and on a Hopper GPU one kernel makes all three, where otherwise both products
+    are read again for the result, and once more where it is not kept.
     """
-    expected_rows = _check(x_MD, gate_GFD, sizes_G, implementation, expected_rows)
+    gate, up = _of(gate_GFD, layer), _of(up_GFD, layer)
+    implementation = named(implementation, "blocked")
+    expected_rows = _check(x_MD, gate, sizes_G, implementation, expected_rows)
     if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
         raise ValueError(
             f"{gate_GFD.shape=} {gate_GFD.dtype=} and {up_GFD.shape=} {up_GFD.dtype=} "
@@ -87,8 +104,8 @@ def grouped_swiglu(
         scale_M = jnp.ones(x_MD.shape[0], jnp.float32)
     if scale_M.shape != x_MD.shape[:1]:
         raise ValueError(f"{scale_M.shape=} is not one for each row of {x_MD.shape=}")
-    operands = (x_MD, gate_GFD, up_GFD, scale_M, sizes_G)
-    return _swiglu(*operands, implementation, expected_rows)
+    operands = (x_MD, gate, up, scale_M, sizes_G)
+    return _swiglu(*operands, implementation, expected_rows, keep_result)
 
 
 # One gradient for all implementations: if each platform's branch had its own, all would
@@ -112,32 +129,37 @@ def _product_backward(implementation, expected_rows, saved, dy):
     operands = (dy, x, w.astype(x.dtype), sizes)
     options = {"dtype": w.dtype, "expected_rows": expected_rows}
     dx, dw = dispatch(implementation, "gradients", x, w, *operands, **options)
-    return dx, dw, None
+    return dx, _among_layers(dw, w), None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _swiglu(x, gate, up, scale, sizes, implementation, expected_rows):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _swiglu(x, gate, up, scale, sizes, implementation, expected_rows, keep_result):
     operands = (x, gate.astype(x.dtype), up.astype(x.dtype), scale, sizes)
     return dispatch(
         implementation, "swiglu", x, gate, *operands, expected_rows=expected_rows
     )
 
 
-def _swiglu_forward(x, gate, up, scale, sizes, implementation, expected_rows):
-    operands = (x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
-    products = dispatch(
-        implementation, "both", x, gate, *operands, expected_rows=expected_rows
-    )
-    products = [checkpoint_name(product, KEPT) for product in products]
-    # From what is kept: where that is found again, no product is computed again.
-    h = combine(*products, scale).astype(x.dtype)
+def _swiglu_forward(
+    x, gate, up, scale, sizes, implementation, expected_rows, keep_result
+):
+    weights = gate.astype(x.dtype), up.astype(x.dtype)
+    run = functools.partial(dispatch, implementation, expected_rows=expected_rows)
+    if keep_result:
+        made = run("all_three", x, gate, x, *weights, scale, sizes)
+        *products, h = (checkpoint_name(array, KEPT) for array in made)
+    else:
+        made = run("both", x, gate, x, *weights, sizes)
+        products = [checkpoint_name(product, KEPT) for product in made]
+        # From what is kept: where that is found again, no product is computed again.
+        h = combine(*products, scale).astype(x.dtype)
     return h, (x, gate, up, scale, sizes, *products)
 
 
-def _swiglu_backward(implementation, expected_rows, saved, dh):
+def _swiglu_backward(implementation, expected_rows, keep_result, saved, dh):
     x, gate, up, scale, sizes, gated, lifted = saved
 
     _, back = jax.vjp(combine, gated, lifted, scale)
@@ -147,10 +169,26 @@ def _swiglu_backward(implementation, expected_rows, saved, dh):
     dx, dgate, dup = dispatch(
         implementation, "swiglu_gradients", x, gate, *operands, **options
     )
-    return dx, dgate, dup, dscale, None
+    return dx, _among_layers(dgate, gate), _among_layers(dup, up), dscale, None
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _of(w: Array, layer: Array | int | None) -> Array | OfLayer:
+    """The matrices meant: all that are given, or those of a layer."""
+    if layer is None:
+        return w
+    if w.ndim != 4:
+        raise ValueError(f"{w.shape=} is not that of all layers, and {layer=}")
+    return OfLayer(w, jnp.clip(layer, 0, w.shape[0] - 1).astype(jnp.int32))
+
+
+def _among_layers(dw: Array, w: Matrices) -> Matrices:
+    """The gradient of `w`: zero for the other layers."""
+    if not isinstance(w, OfLayer):
+        return dw
+    return OfLayer(jnp.zeros_like(w.stack_YGNK).at[w.layer].set(dw), None)
 
 
 def _within(sizes_G: Array, rows: int) -> Array:
@@ -161,7 +199,7 @@ def _within(sizes_G: Array, rows: int) -> Array:
 
 def _check(x, w, sizes, implementation, expected_rows) -> int:
     """The expected rows, once the operands are seen to fit."""
-    if x.ndim != 2 or w.ndim != 3 or sizes.ndim != 1:
+    if x.ndim != 2 or len(w.shape) != 3 or sizes.ndim != 1:
         raise ValueError(
             f"ranks of {x.shape=}, {w.shape=}, {sizes.shape=}: not 2, 3, 1"
         )
@@ -180,6 +218,11 @@ def _check(x, w, sizes, implementation, expected_rows) -> int:
     lacking = tpu_lacks(rows, w.shape, x.dtype) if implementation == "tpu" else ""
     if lacking:
         raise NotImplementedError(f"the TPU kernel {lacking}: {x.shape=}, {w.shape=}")
+    lacking = gpu_lacks(rows, w.shape, x.dtype) if implementation == "hopper" else ""
+    if lacking:
+        raise NotImplementedError(
+            f"the Hopper kernel {lacking}: {x.shape=}, {w.shape=}"
+        )
     expected_rows = rows if expected_rows is None else expected_rows
     if not 0 <= expected_rows <= rows:
         raise ValueError(f"{expected_rows=} of {rows} rows")

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import note_choice
-from pallas_kernels.grouped_matmul import pallas_tpu, reference
+from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference
+from pallas_kernels.grouped_matmul.layers import Matrices, apart
 from pallas_kernels.grouped_matmul.padded import fits, padded
-from pallas_kernels.grouped_matmul.pallas_gpu import hopper
-from pallas_kernels.grouped_matmul.pallas_gpu import supports as hopper_supports
+from pallas_kernels.grouped_matmul.tiles_gpu import lacks as gpu_lacks
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KERNELS = {"tpu": "Pallas", "cuda": "Mosaic GPU"}
-HOPPER_TAKES = "takes bfloat16 and multiples of 128, on Hopper"
 
 
 class Implementation(NamedTuple):
@@ -29,6 +28,9 @@ class Implementation(NamedTuple):
     gradients: Callable  # dy, x, w, sizes -> dx, dw
     swiglu: Callable  # x, gate, up, scale, sizes -> h
     both: Callable  # x, gate, up, sizes -> x @ gate.T, x @ up.T
+    all_three: (
+        Callable  # x, gate, up, scale, sizes -> both, and h of what they rounded to
+    )
     swiglu_gradients: (
         Callable  # dgate, dup, x, gate, up, sizes -> dx, and both weights'
     )
@@ -38,22 +40,24 @@ def dispatch(
     implementation: str | None,
     operation: str,
     x: Array,
-    w: Array,
-    *operands: Array,
+    w: Matrices,
+    *operands: Array | Matrices,
     **options,
 ):
     """Runs an operation of the implementation named, or of the one for the platform that
-    is compiled for: a process without that platform may do so, too.
+    is compiled for: a process without that platform may do so, too. Only the TPU's
+    kernels read a layer's matrices out of the stack.
     """
 
     def run(name: str) -> Callable:
-        return functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
+        call = functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
+        return call if name == "tpu" else lambda *operands: call(*map(apart, operands))
 
     if implementation is not None:
         return run(implementation)(*operands)
     lacking = {
         "tpu": tpu_lacks(x.shape[0], w.shape, x.dtype),
-        "cuda": "" if hopper_supports(x, w) else HOPPER_TAKES,
+        "cuda": gpu_lacks(x.shape[0], w.shape, x.dtype),
     }
     note_choice("grouped_matmul", KERNELS, lacking)
     copies = "padded" if fits(x.shape[0], w) else "blocked"
@@ -120,7 +124,18 @@ def _composed(product: Callable, gradients: Callable) -> Implementation:
         through_up, dup = gradients(dup, x, up, sizes, **options)
         return through_gate + through_up, dgate, dup
 
-    return Implementation(product, gradients, swiglu, both, swiglu_gradients)
+    three = _and_result(both)
+    return Implementation(product, gradients, swiglu, both, three, swiglu_gradients)
+
+
+def _and_result(both: Callable) -> Callable:
+    """From a function that makes both products, one that makes all three."""
+
+    def all_three(x, gate, up, scale, sizes, **rows):
+        products = both(x, gate, up, sizes, **rows)
+        return *products, combine(*products, scale).astype(x.dtype)
+
+    return all_three
 
 
 def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
@@ -152,11 +167,45 @@ def _tpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype, **rows):
     return dx, *by_weights
 
 
+def _gpu(operation: Callable) -> Callable:
+    """The same for how many rows soever are expected: no cost is reported."""
+
+    def run(*operands, expected_rows, **options):
+        return operation(*operands, **options)
+
+    return run
+
+
+def _gpu_gradients(dy, x, w, sizes, *, dtype):
+    dx = pallas_gpu.row_gradient(dy, w, sizes)
+    return dx, pallas_gpu.weight_gradient(dy, x, sizes, dtype=dtype)
+
+
+def _gpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype):
+    dx = pallas_gpu.swiglu_row_gradient(dgate, dup, gate, up, sizes)
+    by_weights = [
+        pallas_gpu.weight_gradient(dy, x, sizes, dtype=dtype) for dy in (dgate, dup)
+    ]
+    return dx, *by_weights
+
+
 _TPU_COMPOSED = _composed(pallas_tpu.product, _tpu_gradients)
 
 IMPLEMENTATIONS = {
     "blocked": _plain(reference.blocked, reference.gradients),
-    "hopper": _plain(hopper),
+    "hopper": Implementation(
+        *map(
+            _gpu,
+            (
+                pallas_gpu.product,
+                _gpu_gradients,
+                pallas_gpu.swiglu,
+                pallas_gpu.both,
+                pallas_gpu.all_three,
+                _gpu_swiglu_gradients,
+            ),
+        )
+    ),
     "padded": _plain(padded),
     "ragged_dot": _plain(ragged_dot),
     "tpu": Implementation(
@@ -164,6 +213,7 @@ IMPLEMENTATIONS = {
         _tpu_gradients,
         _tpu_swiglu,
         _tpu_both,
+        _and_result(_tpu_both),
         _tpu_swiglu_gradients,
     ),
 }

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.grouped_matmul.layers import Matrices
 from pallas_kernels.grouped_matmul.reference import block_rows
 
 MOST_COPIED = 2**30  # matrix elements: 2 GiB in bfloat16
@@ -28,7 +29,7 @@ class Layout(NamedTuple):
     real_M: Bool[Array, " M"]  # False past the sum of the sizes
 
 
-def fits(rows: int, w_GNK: Float[Array, "G N K"]) -> bool:
+def fits(rows: int, w_GNK: Matrices) -> bool:
     """Whether the copies of matrices stay within MOST_COPIED elements."""
     groups, outer, inner = w_GNK.shape
     return _blocks(rows, groups) * outer * inner <= MOST_COPIED

@@ -28,6 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul.layers import Matrices, stacked
 from pallas_kernels.grouped_matmul.tiles_tpu import (
     CHUNK,
     DEPTH,
@@ -46,7 +47,7 @@ from pallas_kernels.grouped_matmul.tiles_tpu import (
 
 def product(
     x_MK: Float[Array, "M K"],
-    w_GNK: Float[Array, "G N K"],
+    w_GNK: Matrices,
     sizes_G: Int[Array, " G"],
     *,
     expected_rows: int,
@@ -58,7 +59,7 @@ def product(
 
 def row_gradient(
     dy_MN: Float[Array, "M N"],
-    w_GNK: Float[Array, "G N K"],
+    w_GNK: Matrices,
     sizes_G: Int[Array, " G"],
     *,
     expected_rows: int,
@@ -84,8 +85,8 @@ def weight_gradient(
 
 def swiglu(
     x_MD: Float[Array, "M D"],
-    gate_GFD: Float[Array, "G F D"],
-    up_GFD: Float[Array, "G F D"],
+    gate_GFD: Matrices,
+    up_GFD: Matrices,
     scale_M: Float[Array, " M"],
     sizes_G: Int[Array, " G"],
     *,
@@ -105,8 +106,8 @@ def swiglu(
 
 def both(
     x_MD: Float[Array, "M D"],
-    gate_GFD: Float[Array, "G F D"],
-    up_GFD: Float[Array, "G F D"],
+    gate_GFD: Matrices,
+    up_GFD: Matrices,
     sizes_G: Int[Array, " G"],
     *,
     expected_rows: int,
@@ -124,8 +125,8 @@ def both(
 def swiglu_row_gradient(
     dgate_MF: Float[Array, "M F"],
     dup_MF: Float[Array, "M F"],
-    gate_GFD: Float[Array, "G F D"],
-    up_GFD: Float[Array, "G F D"],
+    gate_GFD: Matrices,
+    up_GFD: Matrices,
     sizes_G: Int[Array, " G"],
     *,
     expected_rows: int,
@@ -149,7 +150,7 @@ def _alone(y):
 
 def _rows(
     lhs: tuple[Array, ...],  # each [M, C]
-    matrices: tuple[Array, ...],  # each [G, O, C] if turned, else [G, C, O]
+    matrices: tuple[Matrices, ...],  # each [G, O, C] if turned, else [G, C, O]
     sizes_G: Array,
     expected_rows: int,
     combine: Callable[..., tuple[Array, ...]],
@@ -159,7 +160,8 @@ def _rows(
     turned: bool,
 ) -> tuple[Array, ...]:
     """What `combine` makes of every row's products, and of its scale if it has one, in
-    float32: each [M, O]. One left-hand side for all matrices, or one for each.
+    float32: each [M, O]. One left-hand side for all matrices, or one for each. Matrices
+    are of one layer.
     """
     (rows, contracted), dtype = lhs[0].shape, lhs[0].dtype
     groups, out = matrices[0].shape[0], matrices[0].shape[1 if turned else 2]
@@ -177,12 +179,13 @@ def _rows(
         out_columns=out,
     )
     specs = rows_specs(tiles, contracted, turned=turned)
+    stacks, layers = zip(*map(stacked, matrices))
     return pl.pallas_call(
         kernel,
         name="grouped_matmul_rows",
         out_shape=[jax.ShapeDtypeStruct((rows, out), dtype)] * outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(visits),
+            num_scalar_prefetch=len(visits) + 1,
             grid=(columns, count),
             in_specs=[
                 *[specs.lhs] * len(lhs),
@@ -204,7 +207,7 @@ def _rows(
             ),
             transcendentals=len(scales) * expected_rows * out,
         ),
-    )(*visits, *lhs, *matrices, *scales)
+    )(*visits, layers[0].reshape(1), *lhs, *stacks, *scales)
 
 
 class RowsSpecs(NamedTuple):
@@ -221,27 +224,27 @@ def rows_specs(tiles: Tiles, contracted: int, *, turned: bool) -> RowsSpecs:
     read.
     """
 
-    def lhs(column, visit, group, tile, first, last, end):
+    def lhs(column, visit, group, tile, first, last, end, layer):
         return jnp.minimum(tile[visit], end[1]), 0
 
-    def matrix(column, visit, group, tile, first, last, end):
+    def matrix(column, visit, group, tile, first, last, end, layer):
         held = jnp.minimum(group[visit], end[0])
-        return (held, column, 0) if turned else (held, 0, column)
+        return (layer[0], held, *((column, 0) if turned else (0, column)))
 
-    def out(column, visit, group, tile, first, last, end):
+    def out(column, visit, group, tile, first, last, end, layer):
         return tile[visit], column
 
     block = (tiles.columns, contracted) if turned else (contracted, tiles.columns)
     return RowsSpecs(
         pl.BlockSpec((tiles.rows, contracted), lhs),
-        pl.BlockSpec((None, *block), matrix),
+        pl.BlockSpec((None, None, *block), matrix),
         pl.BlockSpec((tiles.rows, 1), lhs),
         pl.BlockSpec((tiles.rows, tiles.columns), out),
     )
 
 
 def _rows_kernel(
-    group, tile, first, last, end, *refs, has, combine, turned, out_columns
+    group, tile, first, last, end, layer, *refs, has, combine, turned, out_columns
 ):  # fmt: skip
     """One visit: a tile of rows with one group's matrix, or matrices."""
     left = iter(refs)

@@ -25,7 +25,9 @@ SCOPED_VMEM = {
     "TPU v6 lite": 32 * 2**20,
     "TPU7x": 32 * 2**20,
 }
-RESERVED = 2**19  # of those, for what the compiler itself needs
+# Of those, for what the compiler itself needs, by bytes of an element: float32 is
+# multiplied as several products of bfloat16, whose operands are cut into parts.
+RESERVED = {2: 2**19, 4: 5 * 2**19}
 
 
 class Tiles(NamedTuple):
@@ -81,7 +83,7 @@ def row_tiles(
         fixed += 2 * has.matrices * tall * min(least, STRIP) * 4  # sums in float32
         fixed += 2 * has.scales * tall * LANES * 4  # one column is padded to all lanes
         column = 2 * (has.matrices * contracted + has.outputs * tall) * bytes_each
-        most = (scoped_vmem() - RESERVED - fixed) // column // LANES
+        most = (scoped_vmem() - RESERVED[bytes_each] - fixed) // column // LANES
         if most * LANES >= min(least, out):
             return Tiles(tall, LANES * _cut(out // LANES, most))
     return None
@@ -110,7 +112,7 @@ def outer_tiles(
         sums = 4 * n * k if out_bytes < 4 else 0
         strips = (2 * 2 * STRIP + tall) * k * 4
         total = operands + sums + strips + 2 * n * k * out_bytes
-        return total <= scoped_vmem() - RESERVED
+        return total <= scoped_vmem() - RESERVED[bytes_each]
 
     sizes = [(n, k) for n in _divisors(N) for k in _divisors(K) if fits(n, k)]
     best = min(sizes, key=lambda size: 1 / size[0] + 1 / size[1], default=None)

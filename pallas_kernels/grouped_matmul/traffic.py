@@ -1,147 +1,19 @@
-"""What the TPU kernels of the grouped matmul move and multiply, against what they must.
+"""The table of `benchmarks/grouped_matmul.md`: the TPU kernels' work at the models' shapes.
 
-From the kernels' own grids, block specs and visits:
-
-    python -m pallas_kernels.grouped_matmul.traffic
-
-Letters: M rows, K inner, N outer, G groups; C the contracted axis, O the other one.
+python -m pallas_kernels.grouped_matmul.traffic
 """
 
 import itertools
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 
-from pallas_kernels.grouped_matmul.pallas_tpu import outer_specs, rows_specs
-from pallas_kernels.grouped_matmul.tiles_tpu import (
-    CHUNK,
-    LANES,
-    ONE,
-    SWIGLU,
-    Operands,
-    chunk_span,
-    outer_tiles,
-    row_tiles,
-    schedule,
-)
-
-
-class Traffic(NamedTuple):
-    """Bytes between HBM and VMEM of each operand, and operations of the matrix units."""
-
-    moved: dict[str, int]
-    needed: dict[str, int]
-    flops: int
-    flops_needed: int
-
-    def ratio(self, operand: str | None = None) -> float:
-        """Bytes moved over bytes needed, of all operands or of one."""
-        operands = list(self.moved) if operand is None else [operand]
-        moved, needed = (
-            sum(bytes_of[name] for name in operands)
-            for bytes_of in (self.moved, self.needed)
-        )
-        return moved / max(needed, 1)
-
-
-def rows_traffic(
-    sizes: list[int],
-    *,
-    rows: int,
-    contracted: int,
-    out: int,
-    bytes_each: int = 2,
-    turned: bool = True,
-    has: Operands = ONE,
-) -> Traffic:
-    """Of products of rows."""
-    tiles = row_tiles(rows, contracted, out, bytes_each, has)
-    visits, count = schedule(
-        jnp.asarray(sizes), rows=rows, tile=tiles.rows, empty=False
-    )
-    shape = (out, contracted) if turned else (contracted, out)
-    shapes = ((rows, contracted), (len(sizes), *shape), (rows, 1), (rows, out))
-    grid = (pl.cdiv(out, tiles.columns), int(count))
-    moved = _moved(grid, rows_specs(tiles, contracted, turned=turned), visits, shapes)
-    held, real = np.count_nonzero(sizes), sum(sizes)
-    needed = (real * contracted, held * contracted * out, real, rows * out)
-    flops = 2 * has.matrices * contracted * out
-    names = ("x", "w", "scale", "y")
-    widths = [n * bytes_each for n in has]
-    widths[2] = has.scales * 4
-    padded = [*widths[:2], widths[2] * LANES, widths[3]]
-    return Traffic(
-        _bytes(names, moved, padded),
-        _bytes(names, needed, widths),
-        flops * _rows_multiplied(visits, int(count)),
-        flops * real,
-    )
-
-
-def outer_traffic(
-    sizes: list[int],
-    *,
-    rows: int,
-    N: int,
-    K: int,
-    bytes_each: int = 2,
-    out_bytes: int = 4,
-) -> Traffic:
-    """Of the gradient by weights."""
-    tiles = outer_tiles(rows, N, K, bytes_each, out_bytes)
-    visits, count = schedule(jnp.asarray(sizes), rows=rows, tile=tiles.rows, empty=True)
-    grid = (N // tiles.columns, K // tiles.across, int(count))
-    shapes = ((rows, N), (rows, K), (len(sizes), N, K))
-    moved = _moved(grid, outer_specs(tiles), visits, shapes)
-    real = sum(sizes)
-    needed = (real * N, real * K, len(sizes) * N * K)
-    names, widths = ("dy", "x", "dw"), (bytes_each, bytes_each, out_bytes)
-    return Traffic(
-        _bytes(names, moved, widths),
-        _bytes(names, needed, widths),
-        2 * N * K * _rows_multiplied(visits, int(count)),
-        2 * N * K * real,
-    )
-
-
-def _bytes(names, elements, widths) -> dict[str, int]:
-    return {name: int(n) * width for name, n, width in zip(names, elements, widths)}
-
-
-def _rows_multiplied(visits, count: int) -> int:
-    """Whole chunks."""
-    _, chunks = chunk_span(visits.first_V[:count], visits.last_V[:count])
-    return int(chunks.sum()) * CHUNK
-
-
-def _moved(grid, specs, visits, shapes) -> list[int]:
-    """Elements of every operand that the steps of the grid copy: a block is copied when
-    it is another than the step's before. What lies past the end of an array is not.
-    """
-    visits = [np.asarray(array) for array in visits]
-    steps = list(itertools.product(*map(range, grid)))
-    totals = []
-    for spec, shape in zip(specs, shapes):
-        total, before = 0, None
-        for step in steps:
-            index = tuple(int(i) for i in spec.index_map(*step, *visits))
-            if index != before:
-                total += _block(index, spec.block_shape, shape)
-            before = index
-        totals.append(total)
-    return totals
-
-
-def _block(index: tuple[int, ...], block, shape: tuple[int, ...]) -> int:
-    """Elements of a block within its array."""
-    sizes = [1 if size is None else size for size in block]
-    return int(np.prod([min(s, n - i * s) for i, s, n in zip(index, sizes, shape)]))
+from pallas_kernels.grouped_matmul.tiles_tpu import SWIGLU
+from pallas_kernels.grouped_matmul.work import outer_work, rows_work
+from pallas_kernels.work import Work
 
 
 def main() -> None:
-    """Prints the table of `benchmarks/grouped_matmul.md`."""
+    """Prints it in Markdown."""
     rng = np.random.default_rng(0)
     models = {"V3": (7168, 2048), "V2": (5120, 1536), "V2-Lite": (2048, 1408)}
     print(
@@ -153,27 +25,25 @@ def main() -> None:
         sizes = rng.multinomial(rows, np.ones(groups) / groups).tolist()
         up, down = {"contracted": D, "out": F}, {"contracted": F, "out": D}
         products = {
-            "gate or up": rows_traffic(sizes, rows=rows, **up),
-            "gate and up": rows_traffic(sizes, rows=rows, **up, has=SWIGLU),
-            "down": rows_traffic(sizes, rows=rows, **down),
+            "gate or up": rows_work(sizes, rows=rows, **up),
+            "gate and up": rows_work(sizes, rows=rows, **up, has=SWIGLU),
+            "down": rows_work(sizes, rows=rows, **down),
         }
         if rows > groups * 8:
             products |= {
-                "up, by rows": rows_traffic(sizes, rows=rows, **down, turned=False),
-                "down, by rows": rows_traffic(sizes, rows=rows, **up, turned=False),
+                "up, by rows": rows_work(sizes, rows=rows, **down, turned=False),
+                "down, by rows": rows_work(sizes, rows=rows, **up, turned=False),
             }
-        for name, traffic in products.items():
-            _print(f"{model} | {groups}, {rows} | {name}", traffic, "w")
+        for name, done in products.items():
+            _print(f"{model} | {groups}, {rows} | {name}", done, "w")
         if rows > groups * 8:
-            traffic = outer_traffic(sizes, rows=rows, N=F, K=D)
-            _print(f"{model} | {groups}, {rows} | up, by weights", traffic, "dw")
+            done = outer_work(sizes, rows=rows, N=F, K=D)
+            _print(f"{model} | {groups}, {rows} | up, by weights", done, "dw")
 
 
-def _print(name: str, traffic: Traffic, weights: str) -> None:
-    work = traffic.flops / traffic.flops_needed
-    print(
-        f"| {name} | {traffic.ratio(weights):.3f} | {traffic.ratio():.2f} | {work:.3f} |"
-    )
+def _print(name: str, done: Work, weights: str) -> None:
+    flops = done.flops / done.flops_needed
+    print(f"| {name} | {done.ratio(weights):.3f} | {done.ratio():.2f} | {flops:.3f} |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
+from pallas_kernels.dispatch import named, note_choice
 from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
@@ -139,7 +139,7 @@ def _choose(
 
     `kernels` and `lacking` are by platform; the latter says why one is not taken.
     """
-    match implementation:
+    match named(implementation):
         case "reference":
             return reference
         case None:

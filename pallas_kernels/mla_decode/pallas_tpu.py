@@ -10,6 +10,7 @@ layers, X rows or pages of the cache, Z slots of one, P pages of a row, S slots 
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pallas_kernels.mla_decode.work import PIECE, block_slots
 
 BUFFERS = 4  # blocks in VMEM: one in use, the others on their way
 MOST_QUERIES = 512  # M: what the default VMEM of a v5e or v5p holds in float32
+Ref = Any  # what a kernel is handed for an array
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # below any score, and no infinity
 
 
@@ -191,121 +193,177 @@ def append(
     )
 
 
+class _Rows(NamedTuple):
+    """The rows of one core of the chip: `first`, and those up to `end`."""
+
+    lengths: Ref  # of all rows, in SMEM
+    first: Array
+    end: Array
+    block: int
+
+    def blocks(self, row: Array) -> Array:
+        """Blocks of a row; an empty one has one, of which nothing is copied."""
+        return jnp.maximum(lax.div(self.lengths[row] + (self.block - 1), self.block), 1)
+
+
+class _Cache(NamedTuple):
+    """One layer of the cache in HBM, and the buffers in VMEM that its blocks come to."""
+
+    layer: Ref
+    pages: Ref
+    latent: Ref
+    rope: Ref
+    latents: Ref
+    ropes: Ref
+    semaphores: Ref
+    page: int  # slots of one
+
+    def start(self, rows: _Rows, row: Array, index: Array, buffer: Array) -> None:
+        """Begins to copy block `index` of `row` into `buffer`."""
+        self._each_copy(rows, row, index, buffer, lambda copy: copy.start())
+
+    def wait(self, rows: _Rows, row: Array, index: Array, buffer: Array) -> None:
+        """Waits until that is there."""
+        self._each_copy(rows, row, index, buffer, lambda copy: copy.wait())
+
+    def _each_copy(self, rows, row, index, buffer, act) -> None:
+        """A run of slots that lie side by side at once, if it is filled; the last one of a
+        row piece by piece.
+        """
+        run = min(self.page, rows.block)
+        for part in range(rows.block // run):
+            start = index * rows.block + part * run
+            filled = rows.lengths[row] - start
+            copy = functools.partial(self._copy, row, start, buffer, part * run, act)
+            whole = filled > run - PIECE
+            pl.when(whole)(functools.partial(copy, 0, run))
+            for offset in range(0, run - PIECE, PIECE):
+                here = ~whole & (filled > offset)
+                pl.when(here)(functools.partial(copy, offset, PIECE))
+
+    def _copy(self, row, start, buffer, place, act, offset, count) -> None:
+        """`act` on both copies of `count` slots of a row, `offset` behind `start`; they go
+        to `place` and on in the buffer.
+        """
+        layer, page = self.layer[0], self.pages[row, lax.div(start, self.page)]
+        slot = pl.multiple_of(lax.rem(start, self.page) + offset, PIECE)
+        here, there = pl.ds(slot, count), pl.ds(place + offset, count)
+        for source, target in [
+            (self.latent.at[layer, page, here], self.latents.at[buffer, there]),
+            (self.rope.at[layer, page, :, here], self.ropes.at[buffer, :, there]),
+        ]:
+            act(pltpu.make_async_copy(source, target, self.semaphores.at[buffer]))
+
+
+class _Ahead(NamedTuple):
+    """What is copied next, in SMEM: the row, the block of it, and how many were before."""
+
+    place: Ref
+
+    def begin(self, rows: _Rows, cache: _Cache) -> None:
+        """Fills all buffers but one."""
+        self.place[0], self.place[1], self.place[2] = rows.first, 0, 0
+        for _ in range(BUFFERS - 1):
+            self.next(rows, cache)
+
+    def next(self, rows: _Rows, cache: _Cache) -> None:
+        """Starts to copy one more block, if there is one, and steps on."""
+        row, index, number = self.place[0], self.place[1], self.place[2]
+
+        @pl.when(row < rows.end)
+        def _():
+            cache.start(rows, row, index, lax.rem(number, BUFFERS))
+            last = index + 1 == rows.blocks(row)
+            self.place[0] = jnp.where(last, row + 1, row)
+            self.place[1] = jnp.where(last, 0, index + 1)
+
+        self.place[2] = number + 1
+
+    def oldest(self) -> Array:
+        """The buffer whose copies were started first."""
+        return lax.rem(self.place[2] - (BUFFERS - 1), BUFFERS)
+
+
+class _Softmax(NamedTuple):
+    """The sums that blocks are taken into one by one, for each query."""
+
+    sums: Ref  # [M, L], of exp(score - highest) times latent
+    highest: Ref  # [M, 1]
+    total: Ref  # [M, 1], of exp(score - highest)
+
+    def begin(self) -> None:
+        """Nothing seen."""
+        self.sums[...] = jnp.zeros_like(self.sums)
+        self.highest[...] = jnp.full_like(self.highest, LOWEST)
+        self.total[...] = jnp.zeros_like(self.total)
+
+    def results(self) -> tuple[Array, Array]:
+        """The mean [M, L] and the log-sum-exp [M, 1]; zeros and -inf where nothing was
+        seen.
+        """
+        some = self.total[...] > 0
+        share = 1 / jnp.where(some, self.total[...], 1)
+        lse = jnp.where(some, self.highest[...] - jnp.log(share), -jnp.inf)
+        return self.sums[...] * share, lse
+
+
 def _kernel(
-    lengths_ref,
-    layer_ref,
-    pages_ref,
+    lengths,
+    layer,
+    pages,
     q_ref,
     q_rope_ref,
-    latent_ref,
-    rope_ref,
+    latent,
+    rope,
     out_ref,
     lse_ref,
     latents,
     ropes,
     semaphores,
-    ahead,
-    sums,
-    highest,
-    total,
-    *,
+    place,
+    *sums,
     tokens: int,
     page: int,
     scale: float,
 ):
-    rows, block = pl.num_programs(1), latents.shape[1]
-    first = pl.program_id(0) * rows
-    row = first + pl.program_id(1)
-    length = lengths_ref[row]
-
-    def each_copy(row, index, buffer, act):
-        """`act` on every copy that brings block `index` of `row` into `buffer`."""
-        run = min(page, block)  # slots that lie side by side
-        for part in range(block // run):
-            start = index * block + part * run
-            filled = lengths_ref[row] - start
-
-            def copies(offset, count, start=start, part=part):
-                place = pages_ref[row, lax.div(start, page)]
-                here = pl.ds(
-                    pl.multiple_of(lax.rem(start, page) + offset, PIECE), count
-                )
-                there = pl.ds(part * run + offset, count)
-                source = latent_ref.at[layer_ref[0], place, here]
-                target = latents.at[buffer, there]
-                act(pltpu.make_async_copy(source, target, semaphores.at[buffer]))
-                source = rope_ref.at[layer_ref[0], place, :, here]
-                target = ropes.at[buffer, :, there]
-                act(pltpu.make_async_copy(source, target, semaphores.at[buffer]))
-
-            whole = filled > run - PIECE
-            pl.when(whole)(functools.partial(copies, 0, run))
-            for offset in range(0, run - PIECE, PIECE):
-                pl.when(~whole & (filled > offset))(
-                    functools.partial(copies, offset, PIECE)
-                )
-
-    def count(row):
-        """Blocks of a row; an empty one has one, of which nothing is copied."""
-        return jnp.maximum(lax.div(lengths_ref[row] + (block - 1), block), 1)
-
-    # `ahead`: the row and block to copy next, and how many blocks were copied.
-    def copy_next():
-        row, index, number = ahead[0], ahead[1], ahead[2]
-
-        @pl.when(row < first + rows)
-        def _():
-            each_copy(row, index, lax.rem(number, BUFFERS), lambda copy: copy.start())
-            last = index + 1 == count(row)
-            ahead[0] = jnp.where(last, row + 1, row)
-            ahead[1] = jnp.where(last, 0, index + 1)
-
-        ahead[2] = number + 1
-
-    @pl.when(pl.program_id(1) == 0)
-    def _():
-        ahead[0], ahead[1], ahead[2] = first, 0, 0
-        for _ in range(BUFFERS - 1):
-            copy_next()
-
-    sums[...] = jnp.zeros_like(sums)
-    highest[...] = jnp.full_like(highest, LOWEST)
-    total[...] = jnp.zeros_like(total)
+    """One row. Copies run ahead into the rows that come after it on the same core."""
+    core, count, block = pl.program_id(0), pl.num_programs(1), latents.shape[1]
+    rows = _Rows(lengths, core * count, (core + 1) * count, block)
+    cache = _Cache(layer, pages, latent, rope, latents, ropes, semaphores, page)
+    ahead, softmax = _Ahead(place), _Softmax(*sums)
+    row = rows.first + pl.program_id(1)
+    pl.when(pl.program_id(1) == 0)(lambda: ahead.begin(rows, cache))
+    softmax.begin()
 
     def step(index, _):
-        buffer = lax.rem(ahead[2] - (BUFFERS - 1), BUFFERS)
-        copy_next()  # into the buffer of the step before
-        each_copy(row, index, buffer, lambda copy: copy.wait())
+        buffer = ahead.oldest()
+        ahead.next(rows, cache)  # into the buffer of the step before
+        cache.wait(rows, row, index, buffer)
         attend = functools.partial(
             _attend,
             q_ref,
             q_rope_ref,
             latents.at[buffer],
             ropes.at[buffer],
-            sums,
-            highest,
-            total,
+            softmax,
             scale=scale,
             tokens=tokens,
         )
-        seen = length - index * block  # by the last token, from this block's first slot
+        # By the last token, from this block's first slot on:
+        seen = lengths[row] - index * block
         whole = seen >= block + tokens - 1
         pl.when(whole)(functools.partial(attend, None))
         pl.when(~whole & (seen > 0))(functools.partial(attend, seen))
 
-    lax.fori_loop(0, count(row), step, None)
-    some = total[...] > 0
-    share = 1 / jnp.where(some, total[...], 1)
-    out_ref[...] = (sums[...] * share).astype(out_ref.dtype)
-    lse = jnp.where(some, highest[...] - jnp.log(share), -jnp.inf)
+    lax.fori_loop(0, rows.blocks(row), step, None)
+    mean, lse = softmax.results()
+    out_ref[...] = mean.astype(out_ref.dtype)
     lse_ref[...] = _as_row(lse)
 
 
-def _attend(
-    q_ref, q_rope_ref, latent, rope, sums, highest, total, seen, *, scale, tokens
-):
+def _attend(q_ref, q_rope_ref, latent, rope, softmax, seen, *, scale, tokens):
     """Takes one block into the running softmax; `seen` slots of it, or all (None)."""
-    c_SL = latent[...]
+    c_SL, (sums, highest, total) = latent[...], softmax
     product = functools.partial(
         lax.dot_general,
         preferred_element_type=jnp.float32,

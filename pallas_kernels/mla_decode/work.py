@@ -1,35 +1,13 @@
 """What the TPU kernel of MLA decoding moves and computes, from its blocks and copies."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
+from pallas_kernels.work import Work
+
 PIECE = 128  # slots of the smallest copy: a TPU's tile has as many lanes
-
-
-class Work(NamedTuple):
-    """One call's work: bytes by operand, floating-point operations.
-
-    Of the bytes `moved`, those of the cache are `latent` and `rope`; `needed` are the
-    cache's slots that are seen. `flops` are of the blocks visited.
-    """
-
-    moved: dict[str, int]
-    needed: int
-    flops: int
-    flops_needed: int
-    exponentials: int
-
-    def estimate(self) -> pl.CostEstimate:
-        """For `pallas_call`."""
-        return pl.CostEstimate(
-            flops=self.flops,
-            transcendentals=self.exponentials,
-            bytes_accessed=sum(self.moved.values()),
-        )
 
 
 def block_slots(dtype: DTypeLike) -> int:
@@ -45,7 +23,10 @@ def count(
     sizes: tuple[int, int],
     dtype: DTypeLike,
 ) -> Work:
-    """The work on rows of these lengths; `sizes` are those of latent and rotary part."""
+    """The work on rows of these lengths; `sizes` are those of latent and rotary part.
+
+    Of the cache, the slots that are seen are needed; FLOPs are of the blocks visited.
+    """
     (latent, rope), width = sizes, jnp.dtype(dtype).itemsize
     queries, block = tokens * heads, block_slots(dtype)
     copied = sum(-(-length // PIECE) * PIECE for length in lengths)
@@ -53,16 +34,19 @@ def count(
     seen = sum(max(length - token, 0) for length in lengths for token in range(tokens))
     products = 2 * latent + rope
     rows = len(lengths) * queries
+    others = {
+        "q": rows * latent * width,
+        "q_rope": rows * rope * width,
+        "out": rows * latent * width,
+        "lse": rows * 4,
+    }
+
+    def cache(slots: int) -> dict[str, int]:
+        return {"latent": slots * latent * width, "rope": slots * rope * width}
+
     return Work(
-        moved={
-            "latent": copied * latent * width,
-            "rope": copied * rope * width,
-            "q": rows * latent * width,
-            "q_rope": rows * rope * width,
-            "out": rows * latent * width,
-            "lse": rows * 4,
-        },
-        needed=sum(lengths) * (latent + rope) * width,
+        moved=cache(copied) | others,
+        needed=cache(sum(lengths)) | others,
         flops=2 * visited * queries * products,
         flops_needed=2 * seen * heads * products,
         exponentials=visited * queries,

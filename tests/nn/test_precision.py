@@ -107,14 +107,26 @@ def primitives(function, *arguments):
     return [equation.primitive.name for equation in equations]
 
 
-def test_no_weight_is_cast_without_a_barrier(mesh):
+@pytest.mark.parametrize("looped", [True, False])
+def test_no_slice_is_cast_without_a_barrier(mesh, looped):
     """XLA for TPUs casts the stacked layers as a whole, before the loop over them, if
-    nothing stands between a layer's slice and its cast.
+    nothing stands between a layer's slice and its cast. Elsewhere a barrier is a copy.
     """
-    weight = build(FLOAT32).weight((8, 8), P())
+    weight = replace(build(FLOAT32), looped=looped).weight((8, 8), P())
     cast = primitives(lambda: use(weight, jnp.bfloat16))
-    assert cast == ["optimization_barrier", "convert_element_type"]
+    barrier = ["optimization_barrier"] if looped else []
+    assert cast == [*barrier, "convert_element_type"]
     assert primitives(lambda: use(weight, jnp.float32)) == []
+
+
+@pytest.mark.parametrize(("unroll", "looped"), [(1, True), (2, False)])
+def test_weights_of_a_loop_know_it(unroll, looped):
+    (segment,) = CONFIG.segments
+    assert segment.count == 2
+    weights = flat(Transformer.abstract(CONFIG, unroll=unroll))
+    found = {path: weight.get_metadata("looped") for path, weight in weights.items()}
+    assert not found["embedding_VD"]
+    assert {found[path] for path in found if path.startswith("segments.")} == {looped}
 
 
 def test_a_plain_model_is_float32_throughout():

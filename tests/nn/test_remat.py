@@ -82,6 +82,7 @@ V3 = Counter(
         (BF16, (B, T, 5, 1, 9)): 1,  # what attention gives
         (F32, (B, T, 5, 1)): 1,  # its log-sum-exp
         (F32, (B, T, 6)): 1,  # router logits
+        (I32, (B, T, 2)): 1,  # the chosen experts
         (I32, (6,)): 1,  # how many rows each expert has
         (I32, (ROWS,)): 1,  # which choice each row is
         (I32, (ROWS // 2, 2)): 1,  # where each choice's row is

@@ -9,7 +9,7 @@ import pytest
 
 from dsjax.config import Groups, GroupScore, Moe, Score
 from dsjax.errors import UserError
-from dsjax.nn.router import route
+from dsjax.nn.router import _two_largest, route
 
 BASE = Moe(num_experts=16, num_shared=1, top_k=4, width=8)
 V2 = replace(BASE, groups=Groups(count=4, kept=2, score=GroupScore.MAX), scale=16.0)
@@ -116,3 +116,12 @@ def test_masked_experts_are_passed_over(rng):
     np.testing.assert_allclose(got.weights_BTk, weights, rtol=1e-6)
     with pytest.raises(UserError, match="top_k=4 and mask_best=13 is more than"):
         replace(BASE, mask_best=13)
+
+
+def test_two_largest_with_equals():
+    x = np.array([[3, 1, 2, 0], [2, 2, 1, 2], [-1, -1, -5, -2], [0, -7, -7, -7]])
+    got = _two_largest(jnp.asarray(x, jnp.float32))
+    np.testing.assert_array_equal(got, [5, 4, -2, -7])
+    x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
+    expected = jax.lax.top_k(x, 2)[0].sum(axis=-1)
+    np.testing.assert_array_equal(_two_largest(jnp.asarray(x)), expected)

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
 FIRST_BUFFER = 100  # how the interpreter numbers the arrays of a kernel, in order
 
@@ -83,3 +84,12 @@ def interpreted(params: pltpu.InterpretParams | None = None) -> Iterator[Counter
             interpreter.reset_tpu_interpret_mode_state()
     assert states, "nothing was interpreted"
     assert not any(state.races_found for state in states), "a race"
+
+
+def pallas_calls(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """Every `pallas_call` in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        for part in jaxprs_in_params(equation.params):
+            yield from pallas_calls(part)

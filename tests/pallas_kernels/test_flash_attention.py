@@ -15,12 +15,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask_info as mask_info,
 )
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType
 
 from pallas_kernels.flash_attention import cudnn, flash_attention, pallas_tpu, work
 from tests.pallas_kernels.aot import compile_for_tpu
-from tests.pallas_kernels.interpret import interpreted
+from tests.pallas_kernels.interpret import interpreted, pallas_calls
 
 # B, T, K, G, H, U, segments: few heads, since a block has at least 128 tokens
 SHAPES = {
@@ -124,18 +123,28 @@ def test_cut_by_a_mesh(rng):
 
 
 @pytest.mark.parametrize("shape", [(1, 500, 2, 2, 24, 16), (1, 384, 2, 1, 192, 128)])
-@pytest.mark.parametrize("segments", [False, True])
-def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments):
-    """Blocks of 128 here, so that there are several of them to a side."""
+@pytest.mark.parametrize(
+    ("segments", "backward"),
+    [(False, ("fused",)), (True, ("fused",)), (True, ("dkv", "dq"))],
+)
+def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments, backward):
+    """Blocks of 128 here, so that there are several of them to a side; and the gradients
+    of the longest sequences, in two kernels.
+    """
     monkeypatch.setattr(pallas_tpu, "block_size", lambda *_: 128)
+    if backward != ("fused",):
+        monkeypatch.setattr(pallas_tpu, "MOST_PARTS_BYTES", 0)
     _, T, K, G, H, U = shape
     arrays = operands(rng, (*shape, segments), jnp.float32)
     with interpreted() as copies:
-        both_ways(*arrays, implementation="splash")
+        results = both_ways(*arrays, implementation="splash")
+    for got, wanted in zip(results, by_hand(*arrays)):
+        atol = 2e-5 * max(1, np.abs(wanted).max())
+        np.testing.assert_allclose(got, wanted, atol=atol)
     options = dict(heads=(K * G, K), sizes=(H, U), block=128, bytes_each=4)
     expected = [
         work.count(phase, length=-(-T // 128) * 128, segments=segments, **options).moved
-        for phase in ("fwd", "dkv")
+        for phase in ("fwd", *backward)
     ]
     for name in set().union(*expected):
         moved = sum(kernel.get(name, 0) for kernel in expected)
@@ -188,17 +197,8 @@ def test_the_mask_is_that_of_jax():
     np.testing.assert_array_equal(ours.data_next[busy], theirs.data_next[busy])
 
 
-def kernels(jaxpr):
-    """Every `pallas_call` in a jaxpr."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            yield equation
-        for part in jaxprs_in_params(equation.params):
-            yield from kernels(part)
-
-
 def test_every_kernel_has_an_estimate(rng):
-    """Of V3's attention: forward, then all gradients, of half of the heads at a time."""
+    """Of V3's attention: forward, then all gradients, some heads at a time."""
     shapes = operands(rng, (1, 8, 1, 1, 192, 128, False), jnp.bfloat16)[:4]
     wide = [jax.ShapeDtypeStruct((2, 4096, 128, *x.shape[3:]), x.dtype) for x in shapes]
 
@@ -206,11 +206,27 @@ def test_every_kernel_has_an_estimate(rng):
         return both_ways(q, k, v, dout, None)
 
     traced = jax.make_jaxpr(call)(*wide)
-    found = [equation.params["cost_estimate"] for equation in kernels(traced.jaxpr)]
+    found = [
+        equation.params["cost_estimate"] for equation in pallas_calls(traced.jaxpr)
+    ]
     visited = 128 * 10 * 1024**2  # of the 16 blocks of a head
     products = [192 + 128, (3 * 192 + 2 * 128) / 2]
     assert [cost.flops for cost in found] == [2 * visited * n for n in products]
     assert all(cost.bytes_accessed > 3 * 128 * 4096 * 128 * 2 for cost in found)
+
+
+@pytest.mark.parametrize(
+    ("length", "backward"), [(65_536, ["dkv"]), (131_072, ["dkv", "dq"])]
+)
+def test_the_longest_sequences_take_two_kernels(length, backward):
+    """Where a head's parts of the queries' gradient would be gigabytes."""
+    sizes = (1, 192), (192,), (128,), (1, 128)
+    arrays = [jax.ShapeDtypeStruct((1, length, 1, *size), "bfloat16") for size in sizes]
+    traced = jax.make_jaxpr(lambda *qkv: both_ways(*qkv, None))(*arrays)
+    names = {
+        kernel.params["name"].split("_")[2] for kernel in pallas_calls(traced.jaxpr)
+    }
+    assert names == {"fwd", *backward}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +238,19 @@ def test_every_kernel_has_an_estimate(rng):
         (dict(q=(1, 8, 2, 1, 24)), ValueError, r"q.shape=\(1, 8, 2, 1, 24\)"),
         (dict(q=(1, 4, 2, 1, 16)), ValueError, "4 queries, 8 keys"),
         (dict(segments_BT=(1, 9)), ValueError, r"segments \(1, 9\)"),
+        (dict(v=(1, 8, 32)), ValueError, r"ranks of .*v.shape=\(1, 8, 32\)"),
+        (dict(segments_BS=(1, 8)), ValueError, "segments_BS without segments_BT"),
+        (
+            {f"{name}_dtype": jnp.float16 for name in "qkv"}
+            | {"implementation": "splash"},
+            NotImplementedError,
+            "float16.* is neither bfloat16 nor float32",
+        ),
+        (
+            dict(segments_BT=(1, 8), segments_BS=(1, 8), implementation="splash"),
+            NotImplementedError,
+            "queries that are not the keys' own",
+        ),
         (dict(k_dtype=jnp.bfloat16), ValueError, "k.dtype=dtype.bfloat16"),
         (
             dict(q=(1, 8, 2, 1, 264), k=(1, 8, 2, 264), implementation="splash"),
@@ -246,8 +275,8 @@ def test_bad_input_is_named(change, error, words):
         )
         for name, shape in shapes.items()
     }
-    if "segments_BT" in change:
-        change["segments_BT"] = jnp.zeros(change["segments_BT"], jnp.int32)
+    for name in {"segments_BT", "segments_BS"} & set(change):
+        change[name] = jnp.zeros(change[name], jnp.int32)
     with pytest.raises(error, match=words):
         # beneath the shape check of the tests
         inspect.unwrap(flash_attention)(*arrays.values(), scale=1.0, **change)
@@ -296,7 +325,8 @@ def compiles(topology, model, dtype):
     shapes = [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
     shapes.append(jax.ShapeDtypeStruct((B, T), jnp.int32) if segments else None)
     text = compile_for_tpu(topology, both_ways, *shapes).as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    kernels = 2 if T <= 65_536 else 3
+    assert text.count('custom_call_target="tpu_custom_call"') == kernels
 
 
 @pytest.mark.parametrize(("topology", "model", "dtype"), SOME)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import logging
 import re
 
 import jax
@@ -10,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.api import KEPT
 from pallas_kernels.grouped_matmul.reference import block_count, block_rows
 from tests.pallas_kernels.interpret import interpreted
 
 IMPLEMENTATIONS = ["blocked", "padded", "ragged_dot", "tpu", None]
+F32 = jnp.float32
 M, N, K = 300, 640, 256  # for the TPU: two tiles of rows, two unequal ones of columns
 SIZES = {
     "uneven": [5, 230, 0, 65],
@@ -90,6 +94,16 @@ def test_equals_loop_over_groups(rng, sizes, implementation):
     for array, expected in zip(got, loop_over_groups(x, w, dy, sizes)):
         np.testing.assert_allclose(array, expected, atol=2e-4)
     assert (np.asarray(got[0])[sum(sizes) :] == 0).all()
+
+
+@pytest.mark.parametrize(("N", "K"), [(256, 2304), (2304, 256)])
+def test_a_deep_product(rng, N, K):
+    """Sums of more than one part of the contracted axis, and of a rest of it."""
+    shapes, sizes = [(70, K), (2, N, K), (70, N)], [6, 64]
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape), F32) for shape in shapes)
+    got = run(product_and_gradients("tpu"), "tpu", x, w, dy, jnp.asarray(sizes))
+    for array, expected in zip(got, loop_over_groups(x, w, dy, sizes)):
+        np.testing.assert_allclose(array, expected, atol=2e-4)
 
 
 @each_implementation
@@ -191,12 +205,70 @@ def test_swiglu_in_one_kernel(rng):
     np.testing.assert_allclose(np.float64(got), expected, rtol=2**-8, atol=1e-3)
 
 
+def test_a_result_that_is_kept_is_the_same_and_is_not_made_again(rng):
+    x, gate, up, scale, dh = swiglu_operands(rng)
+    sizes = jnp.asarray(SIZES["uneven"])
+
+    def product(keep_result, x, gate, up, scale):
+        return grouped_swiglu(
+            *(x, gate, up, sizes), scale_M=scale, keep_result=keep_result
+        )
+
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    calls, found = [], []
+    for keep_result in (False, True):
+        run = jax.checkpoint(functools.partial(product, keep_result), policy=policy)
+        h, back = jax.vjp(run, x, gate, up, scale)
+        found.append((h, *back(dh)))
+        calls.append(str(jax.make_jaxpr(back)(dh)).count("platform_index"))
+    for plain, kept in zip(*found, strict=True):
+        np.testing.assert_array_equal(plain, kept)
+    assert calls == [1, 1]  # what the backward pass itself needs
+
+
 def test_swiglu_without_a_scale(rng):
     x, gate, up, scale, _ = swiglu_operands(rng)
     sizes = jnp.asarray(SIZES["uneven"])
     got = grouped_swiglu(x, gate, up, sizes)
     expected = grouped_swiglu(x, gate, up, sizes, scale_M=jnp.ones_like(scale))
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "w_dtype"),
+    [("tpu", jnp.float32), *((name, jnp.bfloat16) for name in IMPLEMENTATIONS)],
+)
+def test_one_layer_among_all(rng, implementation, w_dtype):
+    """As with that layer's matrices alone; the others may hold anything."""
+    x, gate, up, _, dh = swiglu_operands(rng, jnp.bfloat16)
+    gate, up = gate.astype(w_dtype), up.astype(w_dtype)
+    sizes = jnp.asarray(SIZES["uneven"])
+
+    def both_ways(x, gate, up, sizes, layer):
+        def call(x, gate, up):
+            options = {"layer": layer, "implementation": implementation}
+            h = grouped_swiglu(x, gate, up, sizes, **options)
+            return h, grouped_matmul(x, gate, sizes, **options)
+
+        y, back = jax.vjp(call, x, gate, up)
+        return y, back((dh, dh))
+
+    def among(w):
+        return jnp.full((3, *w.shape), jnp.nan, w.dtype).at[1].set(w)
+
+    call = jax.jit(both_ways)
+    expected, (dx, *dw) = run(call, implementation, x, gate, up, sizes, None)
+    got = run(call, implementation, x, among(gate), among(up), sizes, 1)
+    dw = (jnp.zeros((3, *w.shape), w.dtype).at[1].set(w) for w in dw)
+    jax.tree.map(np.testing.assert_array_equal, got, (expected, (dx, *dw)))
+
+
+def test_a_layer_outside_is_the_nearest(rng):
+    x, w, _ = operands(rng)
+    sizes, stack = jnp.asarray(SIZES["uneven"]), jnp.stack([w, 2 * w])
+    for layer, factor in [(-1, 1), (7, 2)]:
+        got = grouped_matmul(x, stack, sizes, layer=jnp.int32(layer))
+        np.testing.assert_allclose(got, factor * grouped_matmul(x, w, sizes))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads XLA:CPU's program")
@@ -217,18 +289,34 @@ def test_compiled_work_follows_the_rows():
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "sizes", "message"),
+    ("x", "w", "sizes", "layer", "message"),
     [
-        ((4, 3), (2, 5, 4), (2,), "last axes"),
-        ((4, 3), (2, 5, 3), (3,), "groups"),
-        ((4, 3, 1), (2, 5, 3), (2,), "ranks"),
+        ((4, 3), (2, 5, 4), (2,), None, r"last axes of x.shape=\(4, 3\) and w.shape"),
+        ((4, 3), (2, 5, 3), (3,), None, r"groups of w.shape=\(2, 5, 3\) and sizes"),
+        ((4, 3, 1), (2, 5, 3), (2,), None, r"ranks of x.shape=\(4, 3, 1\)"),
+        ((4, 3), (7, 2, 5, 3), (2,), None, r"ranks of .* w.shape=\(7, 2, 5, 3\)"),
+        ((4, 3), (7, 2, 5, 4), (2,), 0, r"last axes of .* w.shape=\(2, 5, 4\)"),
+        ((4, 3), (2, 5, 3), (2,), 0, r"w.shape=\(2, 5, 3\) is not that of all layers"),
     ],
 )
-def test_bad_shapes_are_named(x, w, sizes, message):
+def test_bad_shapes_are_named(x, w, sizes, layer, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(grouped_matmul)(  # beneath the shape check of the tests
-            jnp.zeros(x), jnp.zeros(w), jnp.zeros(sizes, jnp.int32)
+            jnp.zeros(x), jnp.zeros(w), jnp.zeros(sizes, jnp.int32), layer=layer
         )
+
+
+@pytest.mark.parametrize(
+    ("w_dtype", "sizes_dtype", "message"),
+    [
+        (jnp.float16, jnp.int32, "bfloat16.* and .*float16.* differ"),
+        (jnp.bfloat16, jnp.float32, "float32.* is no integer type"),
+    ],
+)
+def test_bad_dtypes_are_named(w_dtype, sizes_dtype, message):
+    x, w = jnp.zeros((4, 3), jnp.bfloat16), jnp.zeros((2, 5, 3), w_dtype)
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(grouped_matmul)(x, w, jnp.zeros(2, sizes_dtype))
 
 
 def test_unknown_implementation_is_named(rng):
@@ -254,15 +342,22 @@ def test_expected_rows_are_some_of_the_rows(rng, expected_rows):
         ((8, 65536), (2, 128, 65536), jnp.float32, "exceed its memory"),
     ],
 )
-def test_what_the_tpu_kernel_does_not_take_is_named(x, w, dtype, message):
+def test_what_the_tpu_kernel_does_not_take_is_named(caplog, x, w, dtype, message):
     x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, w))
     sizes = jax.ShapeDtypeStruct((2,), jnp.int32)
     call = functools.partial(grouped_matmul, implementation="tpu")
     with pytest.raises(NotImplementedError, match=message):
         jax.eval_shape(call, x, w, sizes)
-    if x.shape[0]:  # left to plain JAX where nothing was named
-        plain = jax.eval_shape(grouped_matmul, x, w, sizes)
-        assert plain.shape == (x.shape[0], w.shape[1])
+    if not x.shape[0]:
+        return
+    # Left to plain JAX where nothing was named, with one line.
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            plain = jax.eval_shape(lambda *o: grouped_matmul(*o), x, w, sizes)
+    assert plain.shape == (x.shape[0], w.shape[1])
+    (line,) = caplog.messages
+    assert re.search(f"^grouped_matmul: .*{message}", line)
 
 
 def test_swiglu_names_what_differs(rng):

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu, pallas_tpu
 from pallas_kernels.grouped_matmul import tiles_tpu as tiles
 from pallas_kernels.grouped_matmul.api import KEPT
-from pallas_kernels.grouped_matmul.traffic import outer_traffic, rows_traffic
+from pallas_kernels.grouped_matmul.work import outer_work, rows_work
 from tests.pallas_kernels.aot import compile_for_tpu, tpu
-from tests.pallas_kernels.interpret import interpreted
+from tests.pallas_kernels.interpret import interpreted, pallas_calls
 
 MODELS = {"v3": (7168, 2048), "v2": (5120, 1536), "v2-lite": (2048, 1408)}  # D, F
 CHIPS = {
@@ -83,15 +83,42 @@ def test_rows_move_what_the_table_says(rng, turned):
     x, w = arrays(rng, (ROWS, INNER), (len(SIZES), *shape))
     run = pallas_tpu.product if turned else pallas_tpu.row_gradient
     run = functools.partial(run, expected_rows=ROWS)
-    said = rows_traffic(SIZES, rows=ROWS, contracted=INNER, out=OUT, turned=turned)
+    said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT, turned=turned)
     expected = [said.moved[name] for name in ("x", "w", "y")]
     assert counted(run, x, w, jnp.asarray(SIZES)) == expected
+
+
+def test_other_layers_are_never_read(rng):
+    x, w = arrays(rng, (ROWS, INNER), (3, len(SIZES), OUT, INNER))
+
+    def call(x, w, sizes):
+        return grouped_matmul(x, w, sizes, layer=1, implementation="tpu")
+
+    said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT)
+    expected = [said.moved[name] for name in ("x", "w", "y")]
+    assert counted(call, x, w, jnp.asarray(SIZES)) == expected
+
+
+@pytest.mark.parametrize("sizes", [[0, 5, 0, 100, 7, 0], [0] * 6], ids=str)
+def test_nothing_is_read_for_surplus_rows(rng, sizes):
+    """Nor for empty groups: the one tile with rows, and the matrices of groups with any."""
+    x, w, dy = arrays(rng, (ROWS, INNER), (6, OUT, INNER), (ROWS, OUT))
+    run = functools.partial(pallas_tpu.product, expected_rows=ROWS)
+    x_bytes, w_bytes, _ = counted(run, x, w, jnp.asarray(sizes))
+    assert x_bytes == tiles.ROWS * INNER * 2
+    assert w_bytes == max(np.count_nonzero(sizes), 1) * OUT * INNER * 2
+    run = functools.partial(
+        pallas_tpu.weight_gradient, dtype=jnp.float32, expected_rows=ROWS
+    )
+    *read, written = sorted(counted(run, dy, x, jnp.asarray(sizes)))
+    assert read == [tiles.ROWS * INNER * 2, tiles.ROWS * OUT * 2]
+    assert written == 6 * OUT * INNER * 4
 
 
 def test_swiglu_moves_what_the_table_says(rng):
     x, gate, up = arrays(rng, (ROWS, INNER), *[(len(SIZES), OUT, INNER)] * 2)
     run = functools.partial(pallas_tpu.swiglu, expected_rows=ROWS)
-    said = rows_traffic(
+    said = rows_work(
         SIZES, rows=ROWS, contracted=INNER, out=OUT, has=tiles.SWIGLU
     ).moved
     got = counted(run, x, gate, up, jnp.ones(ROWS), jnp.asarray(SIZES))
@@ -105,7 +132,7 @@ def test_weight_gradient_moves_what_the_table_says(rng, dtype):
     dy, x = arrays(rng, (ROWS, OUT), (ROWS, INNER))
     run = functools.partial(pallas_tpu.weight_gradient, dtype=dtype, expected_rows=ROWS)
     bytes_each = jnp.dtype(dtype).itemsize
-    said = outer_traffic(SIZES, rows=ROWS, N=OUT, K=INNER, out_bytes=bytes_each)
+    said = outer_work(SIZES, rows=ROWS, N=OUT, K=INNER, out_bytes=bytes_each)
     expected = [said.moved[name] for name in ("dy", "x", "dw")]
     assert sorted(counted(run, dy, x, jnp.asarray(SIZES))) == sorted(expected)
 
@@ -135,7 +162,7 @@ def test_rows_multiply_what_the_table_says(rng, monkeypatch):
         if last > first:
             (together,) = set(y[tile * tiles.ROWS + first : tile * tiles.ROWS + last])
             total += together
-    said = rows_traffic(SIZES, rows=ROWS, contracted=INNER, out=OUT)
+    said = rows_work(SIZES, rows=ROWS, contracted=INNER, out=OUT)
     assert said.flops == 2 * total * INNER * OUT
     assert said.flops_needed == 2 * sum(SIZES) * INNER * OUT
 
@@ -147,12 +174,12 @@ def test_targets(rng, monkeypatch, D, F, kind):
     monkeypatch.setattr(tiles, "scoped_vmem", lambda: tiles.SCOPED_VMEM[kind])
     sizes = routed(rng, 8, 4096)
     products = [
-        rows_traffic(sizes, rows=4096, contracted=D, out=F),
-        rows_traffic(sizes, rows=4096, contracted=F, out=D, turned=False),
-        rows_traffic(sizes, rows=4096, contracted=D, out=F, has=tiles.SWIGLU),
+        rows_work(sizes, rows=4096, contracted=D, out=F),
+        rows_work(sizes, rows=4096, contracted=F, out=D, turned=False),
+        rows_work(sizes, rows=4096, contracted=D, out=F, has=tiles.SWIGLU),
     ]
     assert all(said.ratio("w") == 1 for said in products)
-    products.append(outer_traffic(sizes, rows=4096, N=F, K=D))
+    products.append(outer_work(sizes, rows=4096, N=F, K=D))
     assert products[-1].ratio("dw") == 1
     assert all(said.flops <= 1.15 * said.flops_needed for said in products)
 
@@ -162,7 +189,7 @@ def test_targets_of_decoding(rng, D, F):
     """Two rows a group: weights of groups that have rows, once; those of others never."""
     sizes = routed(rng, 256, 512)
     assert 0 in sizes
-    said = rows_traffic(sizes, rows=512, contracted=D, out=F)
+    said = rows_work(sizes, rows=512, contracted=D, out=F)
     assert said.ratio("w") == 1
     assert said.ratio() <= 1.05
 
@@ -182,9 +209,13 @@ def test_cost_is_of_the_expected_rows():
         y, back = jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)
         return back(y)
 
-    jaxpr = str(jax.make_jaxpr(both_ways)(x, w, sizes))
-    flops = [int(n) for n in re.findall(r"CostEstimate\(flops=(\d+)", jaxpr)]
-    assert flops == [2 * 100 * 384 * 256] * 3
+    traced = jax.make_jaxpr(both_ways)(x, w, sizes)
+    costs = [kernel.params["cost_estimate"] for kernel in pallas_calls(traced.jaxpr)]
+    assert [cost.flops for cost in costs] == [2 * 100 * 384 * 256] * 3
+    # x may be read twice, for two tiles of columns.
+    rows, weights = 2 * 100 * (384 + 256), 2 * 4 * 384 * 256
+    for cost in costs:
+        assert rows + weights <= cost.bytes_accessed <= 2 * rows + weights
 
 
 def compiled(chip, call, *shapes):
@@ -248,6 +279,28 @@ def compile_decoding(chip, groups, rows, D, F):
     assert kernels(text) == 2
 
 
+def compile_layers(chip, groups, rows, D, F, layers=3):
+    """A scanned decode step: no layer's weights are cut out of the stack."""
+
+    def step(x, gate, up, down, sizes):
+        def layer(x, number):
+            h = grouped_swiglu(x, gate, up, sizes, layer=number)
+            return x + grouped_matmul(h, down, sizes, layer=number), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    shapes = [(layers, groups, F, D), (layers, groups, F, D), (layers, groups, D, F)]
+    weights = [spec(*shape) for shape in shapes]
+    text = compiled(chip, step, spec(rows, D), *weights, sizes_spec(groups))
+    assert kernels(text) == 2
+    assert f"bf16[{layers},{groups},{F},{D}]" in text
+    assert not re.findall(rf"\[(?:1,)?{groups},(?:{F},{D}|{D},{F})\]", text)
+
+
+def test_layers_are_read_where_they_lie():
+    compile_layers("v6e:2x2", 4, 4096, *MODELS["v3"])
+
+
 def test_compiles_for_a_v5p():
     compile_product("v5p:2x2x1", 8, 4096, *reversed(MODELS["v3"]))
 
@@ -297,7 +350,7 @@ DECODING = [(256, 512), (256, 8), (64, 6), (32, 4096), (4, 64)]
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", those_that_fit(TRAINING, 4), ids=str)
+@pytest.mark.parametrize("case", list(those_that_fit(TRAINING, 4)), ids=str)
 def test_compiles_for_training(case):
     chip, groups, rows, D, F = case
     for outer, inner in [(F, D), (D, F)]:
@@ -306,9 +359,17 @@ def test_compiles_for_training(case):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("case", those_that_fit(DECODING, 3), ids=str)
+@pytest.mark.parametrize("case", list(those_that_fit(DECODING, 3)), ids=str)
 def test_compiles_for_decoding(case):
     compile_decoding(*case)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("D", "F"), MODELS.values(), ids=MODELS)
+def test_layers_are_read_where_they_lie_anywhere(chip, D, F):
+    compile_layers(chip, 4, 4096, D, F)
+    compile_layers(chip, 16, 6, D, F)
 
 
 @pytest.mark.aot

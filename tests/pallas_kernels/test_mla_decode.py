@@ -3,6 +3,7 @@ kernel copies; the real TPU compiler, and a whole loop that writes the cache in 
 """
 
 import inspect
+import logging
 from types import SimpleNamespace
 
 import jax
@@ -14,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
+from pallas_kernels import dispatch
 from pallas_kernels.mla_decode import append, mla_decode, work
 from tests.pallas_kernels.aot import compile_for_tpu
-from tests.pallas_kernels.interpret import checked, interpreted
-from tests.pallas_kernels.test_flash_attention import kernels
+from tests.pallas_kernels.interpret import checked, interpreted, pallas_calls
 
 SCALE, L, R, LAYERS, F32 = 0.21, 128, 16, 2, jnp.float32
 # tokens, heads, slots of a row or page, pages of a row, lengths
@@ -26,7 +27,7 @@ CASES = {
     "exact blocks and one more": (1, 3, 1152, None, [1024, 1025, 511, 513]),
     "four tokens over a block's edge": (4, 2, 768, None, [514, 768]),
     "empty, and shorter than the tokens": (3, 2, 256, None, [0, 2, 3, 256]),
-    "beyond the cache": (2, 2, 256, None, [300, 10_000]),
+    "beyond the cache, and below": (2, 2, 256, None, [300, 10_000, -7]),
     "pages smaller than a block": (2, 2, 128, 4, [512, 129]),
     "pages as large as a block": (1, 2, 512, 2, [1024, 513, 40]),
 }
@@ -181,7 +182,7 @@ def test_cut_by_a_mesh(rng):
 def test_at_most_a_twentieth_of_the_cache_is_read_in_vain(length):
     sizes = dict(tokens=1, heads=128, sizes=(512, 64), dtype=jnp.bfloat16)
     done = work.count([length] * 8, **sizes)
-    assert done.moved["latent"] + done.moved["rope"] <= 1.05 * done.needed
+    assert done.ratio("latent", "rope") <= 1.05
 
 
 def test_a_short_row_costs_what_a_short_row_costs():
@@ -267,6 +268,21 @@ def test_append_writes_what_fits_and_nothing_else(
             "1 tokens of 600 heads",
         ),
         (dict(softmax_dtype=jnp.bfloat16), NotImplementedError, "softmax in bfloat16"),
+        (dict(q_latent=(3, 1, 4)), ValueError, r"ranks of \(3, 1, 4\)"),
+        (dict(latent=(2, 4, 256, 128), rope=(2, 4, 16, 256)), ValueError, "4 rows of"),
+        (dict(dtypes=["f4", "f2", "f4", "f4"]), ValueError, "float32', 'float16'"),
+        (dict(dtypes=["f4", "f4", "f2", "f4"]), ValueError, "float16', 'float32'"),
+        (dict(lengths_dtype="f4"), ValueError, "lengths of float32 are no integers"),
+        (
+            dict(dtypes=["f4", "f4", "f2", "f2"]),
+            NotImplementedError,
+            "float32 queries on a cache of float16",
+        ),
+        (
+            dict(latent=(2, 9, 384, 128), rope=(2, 9, 16, 384), pages_BP=(3, 2)),
+            NotImplementedError,
+            "pages of 384 slots",
+        ),
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else "",
 )
@@ -279,15 +295,48 @@ def test_bad_input_is_named(change, error, words):
         rope=(2, 3, 16, 256),
         lengths=(3,),
     )
+    dtypes = [*change.pop("dtypes", ["f4"] * 4), change.pop("lengths_dtype", "i4")]
     arrays = [
-        jnp.zeros(change.pop(name, shape), int if name == "lengths" else float)
-        for name, shape in shapes.items()
+        jnp.zeros(change.pop(name, shape), dtype)
+        for (name, shape), dtype in zip(shapes.items(), dtypes)
     ]
     if "pages_BP" in change:
         change["pages_BP"] = jnp.zeros(change["pages_BP"], jnp.int32)
     with pytest.raises(error, match=words):
         # beneath the shape check of the tests
         inspect.unwrap(mla_decode)(*arrays, layer=0, scale=1.0, **change)
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "error", "words"),
+    [
+        ((3, 1, 8), {}, ValueError, r"entries \(3, 1, 8\) for a cache"),
+        ((3, 16), {}, ValueError, r"entries \(3, 16\) for a cache"),
+        ((3, 1, 16), {"implementation": "fast"}, ValueError, "implementation='fast'"),
+        (
+            (3, 129, 16),
+            {"implementation": "pallas_tpu"},
+            NotImplementedError,
+            "129 tokens at once",
+        ),
+    ],
+)
+def test_bad_input_of_append_is_named(new, options, error, words):
+    cache, first = jnp.zeros((2, 3, 16, 256)), jnp.zeros(3, jnp.int32)
+    with pytest.raises(error, match=words):
+        inspect.unwrap(append)(cache, jnp.zeros(new), first, layer=0, **options)
+
+
+def test_what_the_kernel_does_not_take_is_left_to_plain_jax(caplog, rng):
+    arrays = operands(rng, (1, 2, 200, None, [200]), F32)
+    dispatch._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "pallas_kernels"):
+        for _ in range(2):
+            out, _ = run(None, *arrays)
+    np.testing.assert_allclose(out, by_hand(*arrays)[0], atol=5e-6)
+    (line,) = caplog.messages
+    assert line.startswith("mla_decode: plain JAX everywhere")
+    assert "rows or pages of 200 slots" in line
 
 
 # --- the real TPU compiler, inside its default VMEM limits
@@ -406,7 +455,7 @@ def test_every_kernel_has_an_estimate():
     traced = jax.make_jaxpr(decode_loop)(latent, rope, lengths, q_latent, q_rope)
     costs = {
         equation.params["name"]: equation.params["cost_estimate"]
-        for equation in kernels(traced.jaxpr)
+        for equation in pallas_calls(traced.jaxpr)
     }
     B, T, N, S = MODELS["v3"]
     assert costs["mla_decode"].flops == 2 * B * S * T * N * (512 + 64 + 512)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dsjax import models
+from dsjax import cli, models
 from dsjax.errors import UserError
 from dsjax.plan.memory import _used
 from dsjax.plan.meshes import candidates
 from dsjax.plan.programs import Mode, Work
 from dsjax.plan.topology import _wraps, topology
+from pallas_kernels import dispatch
 
 ROOT = Path(__file__).parents[2]
 needs_libtpu = pytest.mark.skipif(
@@ -183,3 +184,14 @@ def test_what_the_compiler_ran_out_of():
     message = "RESOURCE_EXHAUSTED: ... Used 133.50G of 95.74G hbm. Exceeded by 38G."
     assert _used(message) == int(133.5 * 2**30)
     assert _used("RESOURCE_EXHAUSTED: hbm") == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--no-kernels"]])
+def test_kernels_may_be_left_out(monkeypatch, options):
+    asked = []
+    monkeypatch.setattr(
+        "dsjax.plan.command.plan", lambda args: asked.append(dispatch.named(None))
+    )
+    monkeypatch.setattr("dsjax.plan.environment.prepare", lambda: None)
+    cli.main(["plan", "v3", "--topology", "v5p:2x2x1", *options])
+    assert asked == (["reference"] if options else [None])

@@ -167,6 +167,12 @@ def decode(tmp_path, topology):
     # A cache as small as this one may wait in VMEM, S(1): copied there, and back.
     assert len(copies) == 2 * sum("S(1)" in copy for copy in copies), copies
 
+    # No layer's experts are cut out of the stack for the kernels.
+    experts, (D, F) = SMALL.segments[0].feed_forward, (SMALL.d_model, 384)
+    here = experts.num_experts // 4
+    assert f"bf16[2,{here},{F},{D}]" in found.text
+    assert not re.findall(rf"\[(?:1,)?{here},(?:{F},{D}|{D},{F})\]", found.text)
+
     tokens = 4 * rows * SMALL.d_model * 2  # bytes, of all devices
     others, _ = weight_sizes()
     matrices = [size for size in others if size > SMALL.d_model * 16]

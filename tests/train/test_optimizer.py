@@ -6,14 +6,15 @@ import optax
 import pytest
 
 from dsjax.errors import UserError
-from dsjax.train.optimizer import AdamW, adamw, apply, decays
+from dsjax.train.optimizer import AdamW, adamw, apply, decays, global_norm
 
 
 def run(optimizer, params, gradients, rates):
     transform = adamw(optimizer)
     state = transform.init(params)
     for gradient, rate in zip(gradients, rates):
-        updates, state = transform.update(gradient, state, params)
+        norm = global_norm(gradient)
+        updates, state = transform.update(gradient, state, params, norm=norm)
         params = apply(params, updates, rate)
     return params, state
 
@@ -48,6 +49,20 @@ def test_by_hand():
     params, _ = run(AdamW(), params, gradients, rates)
     for name in expected:
         np.testing.assert_allclose(params[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_norm_is_summed_in_float32(dtype):
+    """Stacks whole or layer by layer; bfloat16 sums of so many would stand still."""
+    rng = np.random.default_rng(0)
+    gradients = {
+        "stack": jnp.asarray(rng.standard_normal((4, 300, 70)), dtype),
+        "norm.scale": jnp.asarray(rng.standard_normal(70), dtype),
+    }
+    exact = np.sqrt(sum((np.float64(g) ** 2).sum() for g in gradients.values()))
+    for apart in (), {"stack"}:
+        found = global_norm(gradients, apart=apart)
+        np.testing.assert_allclose(found, exact, rtol=1e-6)
 
 
 def test_equals_optaxs_own():

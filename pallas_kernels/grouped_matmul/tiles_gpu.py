@@ -1,0 +1,174 @@
+"""How the Hopper kernels of the grouped matmul cut their work: tiles, and their order.
+
+Letters: M rows, N outer, K inner, G groups, T tiles of rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+SMS = 132  # of an H100 or H200: blocks of the grid
+LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
+
+
+class Tiles(NamedTuple):
+    """Sizes of one kernel's tiles."""
+
+    rows: int  # half of them each of two warpgroups'
+    columns: int
+    stages: int = 4  # buffers of operands
+    leaving: int = 2  # buffers of results, a warpgroup
+    band: int = 8  # columns of tiles that are walked together
+    pair: str = ""  # what a cluster of two blocks splits: "rows", "columns" or nothing
+
+    @property
+    def blocks(self) -> int:
+        """In a cluster."""
+        return 2 if self.pair else 1
+
+    @property
+    def all_rows(self) -> int:
+        """Of a cluster's tile."""
+        return self.rows * (2 if self.pair == "rows" else 1)
+
+    @property
+    def half(self) -> int:
+        """Rows of one warpgroup."""
+        return self.rows // 2
+
+
+def lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
+    """Why the kernels do not take x [rows, K] and w of `shape` [G, N, K]; nothing where
+    they do.
+    """
+    if not rows or 0 in shape:
+        return f"takes no empty operands ({rows} rows, {shape})"
+    if dtype != jnp.bfloat16:
+        return f"takes bfloat16 ({dtype})"
+    return "" if _is_hopper() else "needs a GPU of Hopper's generation"
+
+
+def _is_hopper() -> bool:
+    """Whether the GPU at hand is of Hopper's generation; without one, what is compiled
+    ahead of time for a GPU is taken to be.
+    """
+    if jax.default_backend() != "gpu":
+        return True
+    return jax.devices()[0].compute_capability.startswith("9.")
+
+
+def row_tiles(outer: int, *, turned: bool, apart: int = 1) -> Tiles:
+    """For products of rows: those that multiply the fewest columns in vain. Matrices
+    whose columns are contiguous (not `turned`) come in whole lines.
+    """
+    unit = 32 if turned else LINE
+    candidates = [Tiles(128, 256), Tiles(256, 128)]
+    if turned:
+        candidates.insert(1, Tiles(128, 224))
+    wide = [t for t in candidates if t.columns // apart % unit == 0]
+
+    def multiplied(tiles: Tiles) -> int:
+        width = tiles.columns // apart
+        return pl.cdiv(outer, width) * width
+
+    return min(wide, key=multiplied)
+
+
+def weight_tiles(outer: int, inner: int) -> Tiles:
+    """For gradients by weights: the same, of either axis."""
+
+    def multiplied(tiles: Tiles) -> int:
+        down, across = pl.cdiv(outer, tiles.rows), pl.cdiv(inner, tiles.columns)
+        return down * tiles.rows * across * tiles.columns
+
+    return min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+
+
+class Schedule(NamedTuple):
+    """Which rows are whose, of tiles in the order of rows. Those of the surplus rows
+    come last, and belong to group G. `place` says the rest: here, it would be more
+    kernels.
+    """
+
+    group: Int[Array, " T"]
+    first: Int[Array, " T"]  # the number of the group's first tile
+    begin: Int[Array, " T"]  # the group's first row
+    end: Int[Array, " T"]  # and the row after its last
+    ends: Int[Array, " G"]
+    tile_ends: Int[Array, " G"]
+
+
+def schedule(sizes_G: Int[Array, " G"], rows: int, tile: int) -> Schedule:
+    """By comparing everything with everything: two kernels, where prefix sums, a search
+    and gathers are many.
+    """
+    groups = sizes_G.shape[0]
+    ends_G = running_sum(sizes_G)
+    tile_ends_G = running_sum(-(-sizes_G // tile))
+    numbers_T1 = jnp.arange(rows // tile + groups + 1)[:, None]
+    past_TG = tile_ends_G <= numbers_T1  # groups whose tiles all come before
+    return Schedule(
+        past_TG.sum(1, dtype=jnp.int32),
+        jnp.where(past_TG, tile_ends_G, 0).max(1),
+        jnp.where(past_TG, ends_G, 0).max(1),
+        jnp.where(past_TG, rows, ends_G).min(1),
+        ends_G,
+        tile_ends_G,
+    )
+
+
+def tile_count(tiles: Schedule, rows: int, tile: int):
+    """How many tiles of rows there are; of arrays or of references to them."""
+    last = tiles.ends.shape[0] - 1
+    return tiles.tile_ends[last] + pl.cdiv(rows - tiles.ends[last], tile)
+
+
+def place(tiles: Schedule, number, tile: int):
+    """Group, first row, and how many rows from there on are the group's."""
+    start = tiles.begin[number] + (number - tiles.first[number]) * tile
+    count = jnp.clip(tiles.end[number] - start, 0, tile)
+    return tiles.group[number], start, count
+
+
+def running_sum(sizes_G: Int[Array, " G"]) -> Int[Array, " G"]:
+    """Where each group ends."""
+    index_G = jnp.arange(sizes_G.shape[0])
+    return jnp.where(index_G[:, None] >= index_G, sizes_G.astype(jnp.int32), 0).sum(1)
+
+
+class Groups(NamedTuple):
+    """Groups, the largest first, so that blocks end at about the same time."""
+
+    group: Int[Array, " G"]
+    begin: Int[Array, " G"]
+    end: Int[Array, " G"]
+    ends: Int[Array, " G"]  # in the order of rows
+
+
+def by_size(sizes_G: Int[Array, " G"]) -> Groups:
+    """Two kernels, as above."""
+    index_G = jnp.arange(sizes_G.shape[0])
+    larger_GG = sizes_G > sizes_G[:, None]
+    before_GG = (sizes_G == sizes_G[:, None]) & (index_G < index_G[:, None])
+    rank_G = (larger_GG | before_GG).sum(1)
+    ends_G = running_sum(sizes_G)
+    own_RG = rank_G == index_G[:, None]
+    by_rank = (index_G, ends_G - sizes_G, ends_G)
+    return Groups(*(jnp.where(own_RG, a, 0).sum(1) for a in by_rank), ends_G)
+
+
+def walk(index, down, across: int, band: int):
+    """The tile at a place of the walk, as (row, column): `band` columns of tiles at a
+    time, row by row, so that what they share stays in the L2 cache.
+    """
+    if across <= band:
+        return lax.div(index, across), lax.rem(index, across)
+    number = lax.div(index, down * band)
+    index = index - number * down * band
+    width = jnp.minimum(band, across - number * band)
+    return lax.div(index, width), number * band + lax.rem(index, width)

@@ -1,0 +1,261 @@
+"""Block-scaled FP8: the quantisers; products against float64 of what the scales and
+values mean; the compiled Hopper kernel, and its results on a GPU (`pytest -m gpu`).
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.checkpoint import fp8 as published
+from pallas_kernels.fp8_matmul import (
+    fp8_matmul,
+    grouped_fp8_matmul,
+    quantize_blocks,
+    quantize_rows,
+)
+from pallas_kernels.fp8_matmul.quantize import LEAST, dequantize
+
+QUANTISERS = {"rows": (quantize_rows, 1), "blocks": (quantize_blocks, 128)}
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param("hopper", marks=pytest.mark.gpu),
+]
+# The tensor cores' own sums of 128 products have fewer bits than float32.
+TOLERANCE = {("reference", "float32"): 2e-6, ("hopper", "float32"): 1e-3}
+SIZES = {
+    "uneven": [100, 0, 150, 31],
+    "one has all": [0, 0, 300, 0],
+    "tiny ones": [1, 2, 3, 7, 129, 0, 65, 50],
+    "one more than tiles": [129, 0, 1, 0],
+    "surplus rows": [3, 0, 120, 8],
+    "none": [0, 0, 0, 0],
+}
+
+
+def tiles(array, tall):
+    """Every tile of the last two axes, by hand: index of its scale, and slices."""
+    rows, columns = array.shape[-2:]
+    for r in range(0, rows, tall):
+        for c in range(0, columns, 128):
+            here = (..., slice(r, r + tall), slice(c, c + 128))
+            yield (..., r // tall, c // 128), here
+
+
+def expected(x, x_scale, w, w_scale):
+    """In float64, the scales spread by hand."""
+    wide = []
+    for q, scale, tall in ((x, x_scale, 1), (w, w_scale, 128)):
+        values = np.asarray(q.astype(jnp.float32), np.float64)
+        scale = np.asarray(scale, np.float64)
+        for index, here in tiles(values, tall):
+            values[here] *= scale[index][..., None, None]
+        wide.append(values)
+    return wide[0] @ np.swapaxes(wide[1], -1, -2)
+
+
+def operands(rng, M, N, K, groups=()):
+    """Quantised, of scales that differ by far from tile to tile."""
+    x = (
+        rng.standard_normal((M, K))
+        * np.exp(rng.normal(size=(M, K // 128 + 1)))[:, np.arange(K) // 128]
+    )
+    w = rng.standard_normal((*groups, N, K))
+    for index, here in tiles(w, 128):
+        w[here] *= np.exp(rng.normal(size=w[index].shape))[..., None, None]
+    x, w = (jnp.asarray(a, jnp.float32) for a in (x, w))
+    return *quantize_rows(x), *quantize_blocks(w)
+
+
+def relative_error(found, exact):
+    found = np.asarray(found.astype(jnp.float32), np.float64)
+    return np.linalg.norm(found - exact) / np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+@pytest.mark.parametrize("shape", [(256, 384), (129, 200), (3, 130, 70)], ids=str)
+def test_quantised_values_and_scales(rng, name, shape):
+    quantise, tall = QUANTISERS[name]
+    a = rng.standard_normal(shape).astype(np.float32)
+    a[..., :tall, :128] *= 1e4
+    q, scale = quantise(jnp.asarray(a))
+    rows, columns = shape[-2:]
+    assert q.shape == shape and q.dtype == jnp.float8_e4m3fn
+    assert scale.shape == (*shape[:-2], -(-rows // tall), -(-columns // 128))
+    assert scale.dtype == jnp.float32
+    back, values = np.asarray(dequantize(q, scale)), np.asarray(q.astype(jnp.float32))
+    for index, here in tiles(a, tall):
+        s = np.asarray(scale)[index]
+        np.testing.assert_allclose(s, np.abs(a[here]).max((-2, -1)) / 448, rtol=1e-6)
+        np.testing.assert_array_equal(np.abs(values[here]).max((-2, -1)), 448)
+        s = s[..., None, None]
+        np.testing.assert_array_equal(back[here], values[here] * s)
+        # Three bits of mantissa, and below 2**-6 steps of 2**-9.
+        bound = np.maximum(np.abs(a[here]) * 2**-4, s * 2**-10)
+        assert (np.abs(back[here] - a[here]) <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("name", QUANTISERS)
+def test_zeros_and_small_values_stay_finite(name):
+    quantise, _ = QUANTISERS[name]
+    a = jnp.zeros((130, 256)).at[0, 130].set(LEAST / 2)
+    back = dequantize(*quantise(a))
+    np.testing.assert_allclose(back, a, rtol=2**-4)
+
+
+def test_blocks_are_those_of_published_checkpoints(rng):
+    w = jnp.asarray(rng.standard_normal((200, 300)), jnp.float32)
+    q, scale = quantize_blocks(w)
+    options = {"first_row": 0, "block": (128, 128), "dtype": np.dtype(np.float32)}
+    loaded = published.dequantise(np.asarray(q), np.asarray(scale), **options)
+    np.testing.assert_array_equal(loaded, dequantize(q, scale))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "shape", [(256, 128, 384), (136, 272, 528), (100, 208, 144)], ids=str
+)
+def test_dense(rng, implementation, dtype, shape):
+    args = operands(rng, *shape)
+    y = fp8_matmul(*args, dtype=dtype, implementation=implementation)
+    assert y.dtype == dtype
+    tolerance = TOLERANCE.get((implementation, dtype), 3e-3)
+    assert relative_error(y, expected(*args)) < tolerance
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_grouped(rng, implementation, dtype, sizes):
+    x, x_scale, w, w_scale = operands(rng, 300, 144, 272, (len(sizes),))
+    y = grouped_fp8_matmul(
+        *(x, x_scale, w, w_scale, jnp.asarray(sizes)),
+        dtype=dtype,
+        implementation=implementation,
+    )
+    assert y.dtype == dtype
+    tolerance = TOLERANCE.get((implementation, dtype), 3e-3)
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        if size:
+            exact = expected(x[rows], x_scale[rows], w[group], w_scale[group])
+            assert relative_error(y[rows], exact) < tolerance
+        start += size
+    assert not np.asarray(y[start:].astype(jnp.float32)).any()
+
+
+def test_sizes_beyond_the_rows_end_with_them(rng):
+    args = operands(rng, 64, 128, 128, (2,))
+    cut = grouped_fp8_matmul(*args, jnp.asarray([40, 24]))
+    beyond = grouped_fp8_matmul(*args, jnp.asarray([40, 1000]))
+    np.testing.assert_array_equal(cut, beyond)
+
+
+def test_partial_sums_are_scaled_every_128():
+    """Blocks whose sums cancel only once they are scaled: 448 * 448 * 128 each."""
+    x = jnp.full((1, 256), 448.0).astype(jnp.float8_e4m3fn)
+    x_scale = jnp.asarray([[1.0, 2.0**-20]])
+    w = jnp.concatenate([x, -x], axis=1)[:, 128:384]
+    w_scale = jnp.asarray([[2.0**-20, 1.0]])
+    y = fp8_matmul(x, x_scale, w, w_scale, dtype="float32")
+    assert y.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": jnp.ones((32, 256))}, "float32.*not both float8_e4m3fn"),
+        ({"x_scale": jnp.ones((32, 1))}, r"\(32, 1\) is not \(32, 2\)"),
+        ({"x_scale": jnp.ones((32, 2), jnp.bfloat16)}, "bfloat16.*not float32"),
+        ({"w_scale": jnp.ones((2, 2, 2))}, r"\(2, 2, 2\) is not \(3, 2, 2\)"),
+        ({"w": jnp.ones((3, 144, 128), jnp.float8_e4m3fn)}, "last axes.*256.*128"),
+        ({"w": jnp.ones((144, 256), jnp.float8_e4m3fn)}, "ranks.*not 2 and 3"),
+        ({"sizes": jnp.ones(2, jnp.int32)}, r"\(2,\) is not one for each group"),
+        ({"sizes": jnp.ones(3)}, "float32.*no integer"),
+        ({"dtype": jnp.float16}, "float16.*neither"),
+        ({"implementation": "fast"}, "'fast' is not one of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_name_the_values(change, message):
+    operands = {
+        "x": jnp.ones((32, 256), jnp.float8_e4m3fn),
+        "x_scale": jnp.ones((32, 2)),
+        "w": jnp.ones((3, 144, 256), jnp.float8_e4m3fn),
+        "w_scale": jnp.ones((3, 2, 2)),
+        "sizes": jnp.ones(3, jnp.int32),
+    }
+    options = {k: v for k, v in change.items() if k not in operands}
+    with pytest.raises(ValueError, match=message):
+        changed = {name: change.get(name, array) for name, array in operands.items()}
+        inspect.unwrap(grouped_fp8_matmul)(*changed.values(), **options)
+
+
+def test_what_the_kernel_does_not_take_is_said():
+    q, scale = quantize_rows(jnp.ones((128, 200)))
+    with pytest.raises(NotImplementedError, match=r"that 16 divides.*\(128, 200\)"):
+        fp8_matmul(q, scale, q, scale[:1], implementation="hopper")
+
+
+COMPILE = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from dsjax.plan.topology import topology
+from pallas_kernels.fp8_matmul import fp8_matmul, grouped_fp8_matmul
+
+place = NamedSharding(Mesh(np.array(topology("h200").devices), ("x",)), P())
+
+def shape(*sizes, dtype=jnp.float8_e4m3fn):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+def compile(M, N, K, groups, dtype):
+    n, k, g = -(-N // 128), -(-K // 128), () if groups is None else (groups,)
+    operands = [
+        shape(M, K),
+        shape(M, k, dtype=jnp.float32),
+        shape(*g, N, K),
+        shape(*g, n, k, dtype=jnp.float32),
+    ]
+    if g:
+        operands.append(shape(*g, dtype=jnp.int32))
+    function = grouped_fp8_matmul if g else fp8_matmul
+    run = jax.jit(lambda *a: function(*a, dtype=dtype))
+    run.lower(*operands).compile()
+
+for case in {cases}:
+    compile(*case)
+print("compiled")
+"""
+CASES = [  # M, N, K, groups, dtype
+    (4096, 4096, 7168, None, "bfloat16"),
+    (4096, 576, 7168, None, "bfloat16"),  # V3's latent and rotary part: cut blocks
+    (100, 128, 144, None, "float32"),
+    (32768, 4096, 7168, 8, "bfloat16"),
+    (2048, 144, 272, 3, "float32"),
+]
+
+
+def test_compiles_for_an_h200_without_spills():
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(cases=CASES)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert "compiled" in done.stdout, done.stderr[-2000:]
+    report = done.stdout + done.stderr
+    spills = [line for line in report.splitlines() if "spill stores" in line]
+    assert len(spills) == len(CASES), report[-2000:]
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
