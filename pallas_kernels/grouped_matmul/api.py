@@ -42,7 +42,7 @@ def grouped_matmul(
     gradient stays as it was summed up, in float32.
 
     With `layer`, `w` is [Y, G, N, K], the weights of all layers, of which that one is
-    used; on a TPU no copy of it is made. A layer outside is clipped to the first or last.
+    used; kernels make no copy of it. A layer outside is clipped to the first or last.
     Meant for inference: the gradient of the stack is as large as the stack, mostly zeros.
 
     `implementation`: "tpu" is a kernel for TPUs, bfloat16 or float32, N and K that 128

@@ -45,13 +45,14 @@ def dispatch(
     **options,
 ):
     """Runs an operation of the implementation named, or of the one for the platform that
-    is compiled for: a process without that platform may do so, too. Only the TPU's
-    kernels read a layer's matrices out of the stack.
+    is compiled for: a process without that platform may do so, too. Only the kernels
+    read a layer's matrices out of the stack.
     """
 
     def run(name: str) -> Callable:
         call = functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
-        return call if name == "tpu" else lambda *operands: call(*map(apart, operands))
+        reads = name in ("tpu", "hopper")
+        return call if reads else lambda *operands: call(*map(apart, operands))
 
     if implementation is not None:
         return run(implementation)(*operands)
