@@ -13,11 +13,12 @@ import gc
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from tqdm import tqdm
 
 from pallas_kernels.measure import (
     Case,
@@ -72,17 +73,44 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(product(jnp.bfloat16), product(jnp.float8_e4m3fn), read)
 
 
-def run_case(case: Case, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
+class Prepared(NamedTuple):
+    """A case compiled: contestants, or why one could not be."""
+
+    case: Case
+    inputs: Callable
+    exact: Callable
+    contestants: dict[str, Callable | str]
+    outputs: dict[str, tuple]
+
+
+def prepare(case: Case) -> Prepared:
+    """Compiles all of a case; nothing is computed but what XLA tries for its choices."""
+    key = jax.eval_shape(jax.random.key, 0)
+    operands = jax.eval_shape(case.inputs, key)
+    contestants, outputs = {}, {}
+    for who, function in case.contestants.items():
+        try:
+            contestants[who] = jax.jit(function).lower(*operands).compile()
+            outputs[who] = jax.eval_shape(function, *operands)
+        except Exception as problem:  # one that cannot must not end the others' run
+            contestants[who] = _line(problem)
+    inputs = jax.jit(case.inputs).lower(key).compile()
+    exact = jax.jit(case.exact).lower(*operands).compile()
+    return Prepared(case, inputs, exact, contestants, outputs)
+
+
+def run_case(prepared: Prepared, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
     """A row for each contestant, ours first."""
-    operands = jax.jit(case.inputs)(key)
-    exact = jax.jit(case.exact)(*operands)
+    case = prepared.case
+    operands = prepared.inputs(key)
+    exact = prepared.exact(*operands)
     peak = ceilings.float8 if "fp8" in case.operation else ceilings.bfloat16
     floor_s = max(case.flops / peak, case.bytes / ceilings.read)
     ours = None
 
     def row(who: str, ms: float, error: float) -> Row:
         nonlocal ours
-        ours = ours or ms
+        note, ours = "" if ours else case.target, ours or ms
         seconds = ms / 1e3
         return Row(
             *(case.operation, case.name, who, ms, error),
@@ -90,21 +118,27 @@ def run_case(case: Case, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
             case.bytes / seconds,
             floor_s / seconds,
             ms / ours,
-            case.target if ours == ms else "",
+            note,
         )
 
-    for who, function in case.contestants.items():
+    for who, run in prepared.contestants.items():
+        if isinstance(run, str):
+            yield Row(case.operation, case.name, who, note=run)
+            continue
         try:
-            run = jax.jit(function).lower(*operands).compile()
-            poison(jax.eval_shape(function, *operands))
+            poison(prepared.outputs[who])
             found = jax.tree.leaves(run(*operands))[0]
             error = float(relative_error(found, exact))
             del found
             yield row(who, device_ms(run, *operands), error)
-        except Exception as problem:  # one that cannot must not end the others' run
-            note = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
-            yield Row(case.operation, case.name, who, note=note)
+        except Exception as problem:
+            yield Row(case.operation, case.name, who, note=_line(problem))
     yield from _run_torch(case, operands, exact, row)
+
+
+def _line(problem: Exception) -> str:
+    first, *_ = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {first[:80]}"
 
 
 def _run_torch(case: Case, operands, exact, row) -> Iterator[Row]:
@@ -118,7 +152,7 @@ def _run_torch(case: Case, operands, exact, row) -> Iterator[Row]:
         tensors = [_tensor(torch, operand) for operand in operands]
         contestants = case.torch()
     except Exception as problem:
-        yield Row(case.operation, case.name, "torch", note=str(problem)[:80])
+        yield Row(case.operation, case.name, "torch", note=_line(problem))
         return
     for who, function in contestants.items():
         try:
@@ -128,8 +162,7 @@ def _run_torch(case: Case, operands, exact, row) -> Iterator[Row]:
             del found
             yield row(who, torch_ms(function, *tensors), error)
         except Exception as problem:
-            note = f"{type(problem).__name__}: {str(problem).splitlines()[0][:80]}"
-            yield Row(case.operation, case.name, who, note=note)
+            yield Row(case.operation, case.name, who, note=_line(problem))
     del tensors
     torch.cuda.empty_cache()
 
@@ -185,17 +218,20 @@ def main(arguments: list[str] | None = None) -> int:
     if device.platform != "gpu" or not device.compute_capability.startswith("9."):
         print(f"needs a Hopper GPU, not {device.device_kind}", file=sys.stderr)
         return 2
+    cases = [
+        case
+        for name in options.operations or OPERATIONS
+        for case in importlib.import_module(f"pallas_kernels.{name}.bench").CASES
+    ]
+    ready = [prepare(case) for case in tqdm(cases, desc="compiling", unit="case")]
     ceilings, rows = measure_ceilings(), []
-    for name in options.operations or OPERATIONS:
-        cases = importlib.import_module(f"pallas_kernels.{name}.bench").CASES
-        for number, case in enumerate(cases):
-            print(f"{name}: {case.name} ({number + 1}/{len(cases)})", file=sys.stderr)
-            key = jax.random.fold_in(jax.random.key(options.seed), number)
-            for row in run_case(case, ceilings, key):
-                rows.append(row)
-                if options.json:
-                    print(json.dumps(row._asdict()), flush=True)
-            gc.collect()
+    for number, prepared in enumerate(tqdm(ready, desc="running", unit="case")):
+        key = jax.random.fold_in(jax.random.key(options.seed), number)
+        for row in run_case(prepared, ceilings, key):
+            rows.append(row)
+            if options.json:
+                print(json.dumps(row._asdict()), flush=True)
+        gc.collect()
     if options.json:
         print(json.dumps({"device": device.device_kind} | ceilings._asdict()))
     else:

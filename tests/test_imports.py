@@ -50,7 +50,7 @@ THIRD_PARTY = {
     "dsjax.chips": set(),
     "pallas_kernels": {"jax", "jaxtyping", "numpy"},
 }
-PEERS = {"torch"}  # in benchmarks, inside functions
+PEERS = {"torch", "tqdm"}  # in benchmarks alone
 
 
 def room(module: str) -> str:

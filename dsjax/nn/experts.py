@@ -132,7 +132,8 @@ class Experts(nnx.Module):
             if stays and rested[0].dtype == self.dtype and way is not _Way.DISPATCHED:
                 return rested, layers
             rested = (kv.read(w, *layers) for w in rested)
-        return tuple(cast(w, self.dtype) for w in rested), ()
+        looped = self.gate_EFD.get_metadata("looped")
+        return tuple(cast(w, self.dtype, looped=looped) for w in rested), ()
 
     def _computed(self, routing: Routing) -> Int[Array, "B T k"]:
         """The chosen experts; a dropped choice names none that exists."""

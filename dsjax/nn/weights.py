@@ -46,7 +46,7 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
 
     Gathers one mesh axis at a time: two at once compile to a full-size all-reduce.
     """
-    array = cast(weight, dtype)
+    array = cast(weight[...], dtype, looped=weight.get_metadata("looped"))
     spec = spec_of(array)
     for axis in reversed(weight.get_metadata("storage")):
         gathered = P(*(_without(entry, axis) for entry in spec))
@@ -55,10 +55,9 @@ def use(weight: nnx.Variable, dtype: DTypeLike) -> Array:
     return array
 
 
-def cast(weight: nnx.Variable | Array, dtype: DTypeLike) -> Array:
-    """The weight in the compute dtype, as it rests."""
-    array = weight[...]
-    if array.dtype != dtype and weight.get_metadata("looped"):
+def cast(array: Array, dtype: DTypeLike, *, looped: bool) -> Array:
+    """A weight in the compute dtype, as it rests."""
+    if array.dtype != dtype and looped:
         # Or XLA casts the stacked layers as a whole, before the loop over them.
         array = jax.lax.optimization_barrier(array)
     return array.astype(dtype)

@@ -131,7 +131,7 @@ def make_step(
     dtype = model.precision.gradients
     parts = expert_parts(model.config, objective)
 
-    @jax.jit(donate_argnums=0)
+    @jax.jit(donate_argnums=0, compiler_options=_compiler_options(model))
     def step(state: TrainState, batch: Batch, rates: Rates):
         def total(params: Weights, microbatch: Batch, key: Array):
             terms = losses(
@@ -196,6 +196,20 @@ def _add_up(
         jax.eval_shape(one, *first),
     )
     return jax.lax.scan(body, zeros, inputs)[0]
+
+
+def _compiler_options(model: Transformer) -> dict[str, str]:
+    """On NVIDIA GPUs, loops belong to the CUDA graphs that launch a step, and products
+    of the same operand stay apart: together, their results are copied apart again. Worth
+    2% of a step (benchmarks/train_speed.md).
+    """
+    if model.mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return {}
+    return {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+        "DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
 
 
 def _unrolled(model: Transformer) -> set[str]:

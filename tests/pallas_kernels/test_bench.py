@@ -33,7 +33,9 @@ CASE = Case(
 def test_rows_have_errors_rates_and_what_failed(monkeypatch):
     times = iter([2.0, 3.0])
     monkeypatch.setattr(bench, "device_ms", lambda run, *operands: next(times))
-    ours, half, failed = bench.run_case(CASE, CEILINGS, jax.random.key(0))
+    ours, half, failed = bench.run_case(
+        bench.prepare(CASE), CEILINGS, jax.random.key(0)
+    )
     assert ours.error < 4e-3 and half.error == pytest.approx(0.5, abs=1e-3)
     assert (ours.ms, ours.ratio, half.ratio) == (2.0, 1.0, 1.5)
     assert ours.flops_per_second == pytest.approx(4e9)
