@@ -41,7 +41,7 @@ TOGETHER = (
 )
 BUFFERS = 4  # of scales: enough even if each is for one step only
 W_ROWS = 8  # rows of w_scale in a copy, which is to have 128 bytes
-BAND = 8  # columns of tiles that are walked together
+BAND = 16  # columns of tiles that are walked together
 LINE = 128  # bytes of a row of a swizzled buffer
 FEWEST = 128  # rows, columns and inner size that copies need
 ALIGN = 16  # bytes that rows of arrays are multiples of
@@ -193,13 +193,12 @@ def _two_views(shape: tuple[int, ...], dtype):
 class _Block:
     """One block of the grid. Steps count on from tile to tile."""
 
-    def __init__(
-        self,
-        plan: _Plan,
-        tiles,
-        *refs,
-    ):
+    def __init__(self, plan: _Plan, tiles, *refs):
         self.plan = plan
+        # Asked for here, once: in the loop over steps it would take a sixth of the rate.
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.above = lax.axis_index("pair") * ROWS
+        self.mine = pl.ds(self.warpgroup * HALF, HALF)
         self.x, self.x_scale, self.w, self.w_scale, self.y, *buffers = refs
         x_in, w_in, self.x_scale_in, self.w_scale_in, out, *barriers = buffers
         (self.x_in, self.x_landing), (self.w_in, self.w_landing) = x_in, w_in
@@ -223,9 +222,8 @@ class _Block:
         else:
             group, start, count = place(self.schedule, number, plan.rows)
             steps = jnp.where(group < plan.groups, plan.steps, 0)
-        above = lax.axis_index("pair") * ROWS
-        count = jnp.clip(count - above, 0, ROWS)
-        return group, start + above, count, column * COLUMNS, steps
+        count = jnp.clip(count - self.above, 0, ROWS)
+        return group, start + self.above, count, column * COLUMNS, steps
 
     def scales(self, tile, k):
         """The buffer of the scales of a step, and which of them."""
@@ -256,7 +254,8 @@ class _Block:
                     self.rest.at[slot] if part else full,
                     collective_axes=shared,
                 )
-            self.copy_scales(tile, k, group, rows, column, full)
+                if part == 0:
+                    self.copy_scales(tile, k, group, rows, column, full)
             return step + 1
 
         return lax.fori_loop(0, steps, load, step)
@@ -281,7 +280,7 @@ class _Block:
     def multiply_tile(self, tile, index, step):
         """Makes a tile of what is copied in; returns the step after."""
         _, start, count, column, steps = self.place(index)
-        above = lax.axis_index("warpgroup") * HALF
+        above = self.warpgroup * HALF
 
         def add(k, carry):
             step, sums = carry
@@ -295,39 +294,43 @@ class _Block:
 
     def add_products(self, tile, k, slot, sums):
         """The sums of a warpgroup's rows with the products of one step added."""
-        mine = pl.ds(lax.axis_index("warpgroup") * HALF, HALF)
         plgpu.barrier_wait(self.full.at[slot])
         buffer, number = self.scales(tile, k)
-        x_scale = plgpu.load(
-            self.x_scale_in.at[buffer, mine, number],
-            (),
-            layout=plgpu.Layout.WGMMA.reduce(1),
-            optimized=False,
-        )
         added = []
         for part, total in enumerate(sums):
-            w = self.w_in.at[slot, pl.ds(part * BLOCK, BLOCK)]
             if part:
                 # Waiting here also keeps the compiler from starting the next product
                 # in further registers before the last one is added: they would spill.
                 plgpu.barrier_wait(self.rest.at[slot])
 
-            def multiply(acc, w=w):
-                plgpu.wgmma(acc, self.x_in.at[slot, mine], w.T)
-                return acc[...]
+            def multiply(acc, part=part):
+                w = self.w_in.at[slot, pl.ds(part * BLOCK, BLOCK)]
+                plgpu.wgmma(acc, self.x_in.at[slot, self.mine], w.T)
+                # While that runs.
+                scale = self.row_scales(buffer, number) * self.w_scale_in[
+                    buffer, part, number
+                ]
+                return acc[...], scale
 
-            product = pl.run_scoped(multiply, plgpu.ACC(total.shape, jnp.float32))
+            acc = plgpu.ACC(total.shape, jnp.float32)
+            product, scale = pl.run_scoped(multiply, acc)
             if part == PARTS - 1:
                 plgpu.barrier_arrive(self.free.at[slot])
-            scale = x_scale * self.w_scale_in[buffer, part, number]
-            added.append(
-                total + product * lax.broadcast_in_dim(scale, total.shape, [0])
-            )
+            added.append(total + product * lax.broadcast_in_dim(scale, total.shape, [0]))
         return added
+
+    def row_scales(self, buffer, number):
+        """Those of a warpgroup's rows for one step."""
+        return plgpu.load(
+            self.x_scale_in.at[buffer, self.mine, number],
+            (),
+            layout=plgpu.Layout.WGMMA.reduce(1),
+            optimized=False,
+        )
 
     def store(self, sums, start, count, column) -> None:
         """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
-        plan, warpgroup = self.plan, lax.axis_index("warpgroup")
+        plan, warpgroup = self.plan, self.warpgroup
         for first in range(0, COLUMNS, plan.chunk):
             part, within = divmod(first, BLOCK)
             chunk = sums[part][:, within : within + plan.chunk]
@@ -349,7 +352,7 @@ class _Block:
 
 def _run(block: _Block) -> None:
     """What the three warpgroups of a block do."""
-    plan, warpgroup = block.plan, lax.axis_index("warpgroup")
+    plan, warpgroup = block.plan, block.warpgroup
     cluster, clusters = lax.axis_index("cluster"), SMS // plan.blocks
     tiles = lax.div(block.down * plan.across - cluster + clusters - 1, clusters)
 
