@@ -36,9 +36,7 @@ ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
 PARTS = COLUMNS // BLOCK
 STAGES = 4  # buffers of operands: a power of two
-TOGETHER = (
-    4  # steps whose scales are copied at once: a copy's line has 16 bytes at least
-)
+TOGETHER = 4  # steps whose scales are copied at once: a line of 16 bytes, the least
 BUFFERS = 4  # of scales: enough even if each is for one step only
 W_ROWS = 8  # rows of w_scale in a copy, which is to have 128 bytes
 BAND = 16  # columns of tiles that are walked together
@@ -226,8 +224,10 @@ class _Block:
         return group, start + self.above, count, column * COLUMNS, steps
 
     def scales(self, tile, k):
-        """The buffer of the scales of a step, and which of them."""
-        buffers = tile * pl.cdiv(self.plan.steps, TOGETHER) + k // TOGETHER
+        """The buffer of the scales of a step, and which of them. `tile` counts those
+        that have steps: buffers are to be used in turn.
+        """
+        buffers = tile * pl.cdiv(self.plan.steps, TOGETHER) + lax.div(k, TOGETHER)
         return buffers & (BUFFERS - 1), k & (TOGETHER - 1)
 
     def copy_tile(self, tile, index, step):
@@ -269,7 +269,9 @@ class _Block:
             inner = pl.ds(pl.multiple_of(k, TOGETHER), TOGETHER)
             x_scale = self.x_scale.at[rows, inner]
             plgpu.copy_gmem_to_smem(x_scale, self.x_scale_in.at[buffer], full)
-            w_scale = self.w_scale.at[group, pl.ds(column // BLOCK, W_ROWS), inner]
+            w_scale = self.w_scale.at[
+                group, pl.ds(lax.div(column, BLOCK), W_ROWS), inner
+            ]
             plgpu.copy_gmem_to_smem(w_scale, self.w_scale_in.at[buffer], full)
 
         @pl.when(first > 0)
@@ -306,17 +308,18 @@ class _Block:
             def multiply(acc, part=part):
                 w = self.w_in.at[slot, pl.ds(part * BLOCK, BLOCK)]
                 plgpu.wgmma(acc, self.x_in.at[slot, self.mine], w.T)
-                # While that runs.
-                scale = self.row_scales(buffer, number) * self.w_scale_in[
-                    buffer, part, number
-                ]
+                # Loaded while that runs: what a step does before it sets the rate.
+                scale = self.row_scales(buffer, number)
+                scale *= self.w_scale_in[buffer, part, number]
                 return acc[...], scale
 
             acc = plgpu.ACC(total.shape, jnp.float32)
             product, scale = pl.run_scoped(multiply, acc)
             if part == PARTS - 1:
                 plgpu.barrier_arrive(self.free.at[slot])
-            added.append(total + product * lax.broadcast_in_dim(scale, total.shape, [0]))
+            added.append(
+                total + product * lax.broadcast_in_dim(scale, total.shape, [0])
+            )
         return added
 
     def row_scales(self, buffer, number):
@@ -357,10 +360,12 @@ def _run(block: _Block) -> None:
     tiles = lax.div(block.down * plan.across - cluster + clusters - 1, clusters)
 
     def each(one_tile):
-        def one(tile, step):
-            return one_tile(tile, cluster + tile * clusters, step)
+        def one(number, carry):
+            tile, step = carry
+            after = one_tile(tile, cluster + number * clusters, step)
+            return tile + (after > step).astype(jnp.int32), after
 
-        return lax.fori_loop(0, tiles, one, 0)
+        return lax.fori_loop(0, tiles, one, (0, 0))[1]
 
     @pl.when(warpgroup == 2)
     def _():

@@ -150,6 +150,21 @@ def test_grouped(rng, implementation, dtype, tolerance, sizes):
     assert not np.asarray(y[start:].astype(jnp.float32)).any()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [384, 1536])
+def test_tiles_before_and_after_those_of_surplus_rows(rng, K):
+    """17 tiles side by side are walked in two bands, each with rows of no group."""
+    x, x_scale, w, w_scale = operands(rng, 4096, 17 * 256, K, (2,))
+    y = grouped_fp8_matmul(
+        *(x, x_scale, w, w_scale, jnp.asarray([700, 300])), implementation="hopper"
+    )
+    first = expected(x[:700], x_scale[:700], w[0], w_scale[0])
+    assert relative_error(y[:700], first) < 3e-3
+    second = expected(x[700:1000], x_scale[700:1000], w[1], w_scale[1])
+    assert relative_error(y[700:1000], second) < 3e-3
+    assert not np.asarray(y[1000:].astype(jnp.float32)).any()
+
+
 def test_sizes_beyond_the_rows_end_with_them(rng):
     args = operands(rng, 64, 128, 128, (2,))
     cut = grouped_fp8_matmul(*args, jnp.asarray([40, 24]))
