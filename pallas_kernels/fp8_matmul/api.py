@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
+from pallas_kernels.dispatch import named, note_choice
 from pallas_kernels.fp8_matmul import pallas_gpu, reference
 from pallas_kernels.fp8_matmul.quantize import BLOCK, E4M3
 
@@ -86,7 +86,7 @@ def _dispatch(
         return functools.partial(function, dtype=dtype)
 
     x, _, w, *_ = operands
-    lacking = pallas_gpu.lacks(x, w)
+    lacking, implementation = pallas_gpu.lacks(x, w), named(implementation)
     if implementation == "hopper" and lacking:
         raise NotImplementedError(f"hopper {lacking}: {x.shape=}, {w.shape=}")
     if implementation in IMPLEMENTATIONS:
