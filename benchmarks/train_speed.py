@@ -15,6 +15,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from dsjax.train.experiment import Experiment
 from dsjax.train.override import find
 from dsjax.train.schedule import is_zero
 from dsjax.train.step import Batch, Rates, Step, TrainState, init_state, make_step
+
+WARM_UP = 2  # steps before the clock starts
 
 
 def main() -> None:
@@ -89,13 +92,24 @@ def compile_for_h200(experiment: Experiment) -> jax.stages.Compiled:
     return step.lower(state, {"tokens": tokens}, rates).compile()
 
 
-def measure(
-    experiment: Experiment, steps: int, kernels: int, *, as_json: bool
-) -> jax.stages.Compiled:
+class Timed(NamedTuple):
+    """A step that ran, what it needs to run again, and how long it took."""
+
+    run: Step
+    state: TrainState
+    batch: Batch
+    rates: Rates
+    seconds: float  # of a step, on average
+    fastest: float
+    compile_seconds: float
+    loss: float
+
+
+def timed(experiment: Experiment, steps: int, **options) -> Timed:
     """Times the steps one after the other, as a run does: a step's figures are waited
     for when the next one is under way.
     """
-    model, step, rates = parts(experiment)
+    model, step, rates = parts(experiment, **options)
     state = fresh_state(experiment, model)
     rng, size = np.random.default_rng(0), shape(experiment)
     batches = [
@@ -103,19 +117,28 @@ def measure(
         for _ in range(4)
     ]
     begun = time.perf_counter()
-    compiled = step.lower(state, batches[0], rates).compile()
-    compile_s = time.perf_counter() - begun
-    run = Step(compiled, model.mesh)
-    state, metrics = run(state, batches[0], rates)
+    run = Step(step.lower(state, batches[0], rates).compile(), model.mesh)
+    compile_seconds = time.perf_counter() - begun
+    for batch in batches[:WARM_UP]:
+        state, metrics = run(state, batch, rates)
     jax.block_until_ready(metrics)
-    times, begun = [], time.perf_counter()
+    times = [time.perf_counter()]
     for number in range(steps):
         before = metrics
         state, metrics = run(state, batches[number % len(batches)], rates)
         jax.device_get(before)
         times.append(time.perf_counter())
-    jax.block_until_ready(metrics)
-    seconds = (time.perf_counter() - begun) / steps
+    loss = float(metrics.loss)
+    seconds = (time.perf_counter() - times[0]) / steps
+    fastest = float(np.diff(times[1:]).min()) if steps > 1 else seconds
+    return Timed(run, state, batches[0], rates, seconds, fastest, compile_seconds, loss)
+
+
+def measure(
+    experiment: Experiment, steps: int, kernels: int, *, as_json: bool
+) -> jax.stages.Compiled:
+    """Prints what a step takes, and its kernels."""
+    found = timed(experiment, steps)
     tokens = experiment.batch.sequences * experiment.length
     flops = training_flops(
         experiment.model,
@@ -126,12 +149,12 @@ def measure(
         "experiment": experiment.name,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "tokens_per_second": round(tokens / seconds),
-        "step_ms": round(1e3 * seconds, 2),
-        "fastest_step_ms": round(1e3 * float(np.diff(times).min()), 2),
-        "model_tflops": round(flops * tokens / seconds / 1e12, 1),
-        "loss": float(metrics.loss),
-        "compile_s": round(compile_s, 1),
+        "tokens_per_second": round(tokens / found.seconds),
+        "step_ms": round(1e3 * found.seconds, 2),
+        "fastest_step_ms": round(1e3 * found.fastest, 2),
+        "model_tflops": round(flops * tokens / found.seconds / 1e12, 1),
+        "loss": found.loss,
+        "compile_s": round(found.compile_seconds, 1),
         "peak_gb": round(peak_bytes() / 1e9, 2),
     }
     if as_json:
@@ -139,8 +162,8 @@ def measure(
     else:
         print(", ".join(f"{k} {v}" for k, v in figures.items()), flush=True)
     if kernels:
-        print(longest_kernels(run, state, batches[0], rates, kernels), flush=True)
-    return compiled
+        print(longest_kernels(found, kernels), flush=True)
+    return found.run.compiled
 
 
 def fresh_state(experiment: Experiment, model: Transformer) -> TrainState:
@@ -155,15 +178,13 @@ def peak_bytes() -> int:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def longest_kernels(
-    run: Step, state: TrainState, batch: Batch, rates: Rates, number: int
-) -> str:
+def longest_kernels(timed: Timed, number: int) -> str:
     """A table of one step's kernels, each with the operation of the program that it is
     of, names without their numbers.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            jax.block_until_ready(run(state, batch, rates))
+            jax.block_until_ready(timed.run(timed.state, timed.batch, timed.rates))
         (path,) = Path(directory).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
     ms, counts = collections.Counter(), collections.Counter()

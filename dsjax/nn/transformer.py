@@ -89,9 +89,9 @@ class Transformer(nnx.Module):
         if not config.tied_embeddings:
             self.head_VD = build.weight((V, D), sharding.head_VD)
         if config.mtp:
-            self.mtp = MultiTokenPrediction(
-                config, build=replace(build, slots=None), remat=remat
-            )
+            # What it computes again must not be found at hand: as of a layer in a loop.
+            once = replace(build, slots=None, looped=True)
+            self.mtp = MultiTokenPrediction(config, build=once, remat=remat)
 
     @property
     def dtype(self) -> np.dtype:

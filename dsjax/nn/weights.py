@@ -28,8 +28,8 @@ def weight(
     **metadata,
 ) -> nnx.Param:
     """A normal(0, std) weight. Its metadata: `spec` tells how one layer's array rests on
-    the mesh, `storage` which axes of it are gathered for its use, `looped` that a loop
-    over layers slices it from their stack.
+    the mesh, `storage` which axes of it are gathered for its use, `looped` that its casts
+    must stay where they are, as in a loop over layers that slices it from their stack.
     """
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, dtype), **metadata)
 

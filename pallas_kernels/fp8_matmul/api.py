@@ -85,8 +85,8 @@ def _dispatch(
         function = getattr(IMPLEMENTATIONS[name], operation)
         return functools.partial(function, dtype=dtype)
 
-    x, _, w, *_ = operands
-    lacking, implementation = pallas_gpu.lacks(x, w), named(implementation)
+    implementation, (x, _, w, *_) = named(implementation), operands
+    lacking = pallas_gpu.lacks(x, w)
     if implementation == "hopper" and lacking:
         raise NotImplementedError(f"hopper {lacking}: {x.shape=}, {w.shape=}")
     if implementation in IMPLEMENTATIONS:

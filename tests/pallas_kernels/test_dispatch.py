@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import dispatch, reference_only
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.fp8_matmul.api import fp8_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.mla_decode import append, mla_decode
 
@@ -43,28 +44,38 @@ def test_nothing_taken(caplog):
     assert "plain JAX everywhere" in caplog.text
 
 
-F32 = jnp.float32
-OPERATIONS = {  # what calls it, shapes of float32 operands, those of int32 behind them
+def spec(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+E4M3, ONE, TWO = jnp.float8_e4m3fn, spec(1, dtype=jnp.int32), spec(2, dtype=jnp.int32)
+OPERATIONS = {  # what calls it, operands
     "flash_attention": (
         lambda q, k, v, **how: flash_attention(q, k, v, scale=1.0, **how),
-        [(1, 128, 1, 1, 64), (1, 128, 1, 64), (1, 128, 1, 64)],
-        [],
+        [spec(1, 128, 1, 1, 64), spec(1, 128, 1, 64), spec(1, 128, 1, 64)],
     ),
-    "grouped_matmul": (grouped_matmul, [(8, 128), (2, 128, 128)], [(2,)]),
+    "grouped_matmul": (grouped_matmul, [spec(8, 128), spec(2, 128, 128), TWO]),
     "grouped_swiglu": (
         grouped_swiglu,
-        [(8, 128), (2, 128, 128), (2, 128, 128)],
-        [(2,)],
+        [spec(8, 128), spec(2, 128, 128), spec(2, 128, 128), TWO],
     ),
     "mla_decode": (
         lambda *operands, **how: mla_decode(*operands, layer=0, scale=1.0, **how),
-        [(1, 1, 2, 128), (1, 1, 2, 16), (1, 1, 128, 128), (1, 1, 16, 128)],
-        [(1,)],
+        [
+            *(spec(1, 1, 2, 128), spec(1, 1, 2, 16)),
+            *(spec(1, 1, 128, 128), spec(1, 1, 16, 128), ONE),
+        ],
     ),
     "append": (
         lambda *operands, **how: append(*operands, layer=0, **how),
-        [(1, 1, 16, 128), (1, 1, 16)],
-        [(1,)],
+        [spec(1, 1, 16, 128), spec(1, 1, 16), ONE],
+    ),
+    "fp8_matmul": (
+        fp8_matmul,
+        [
+            *(spec(128, 128, dtype=E4M3), spec(128, 1)),
+            *(spec(128, 128, dtype=E4M3), spec(1, 1)),
+        ],
     ),
 }
 
@@ -72,18 +83,18 @@ OPERATIONS = {  # what calls it, shapes of float32 operands, those of int32 behi
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_plain_jax_everywhere_if_asked_for(name):
     """Also where the same function was traced with kernels before."""
-    call, floats, integers = OPERATIONS[name]
-    shapes = [jax.ShapeDtypeStruct(shape, F32) for shape in floats]
-    shapes += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in integers]
-    call = jax.jit(call, static_argnames="implementation")
+    call, shapes = OPERATIONS[name]
+    call = jax.jit(call)
 
-    def traced(**how):
-        return str(call.trace(*shapes, **how).jaxpr)
+    def traced():
+        return str(call.trace(*shapes).jaxpr)
 
-    assert "pallas_call" in traced()
+    by_platform = "branches_platforms="  # a kernel on one of them
+    assert by_platform in traced()
     with reference_only():
+        assert by_platform not in traced()
         assert "pallas_call" not in traced()
-    assert "pallas_call" in traced()
+    assert by_platform in traced()
 
 
 def test_what_is_named_runs_all_the_same():
