@@ -19,7 +19,13 @@ SCALE = 0.1352  # V3's, YaRN's factor included
 
 
 def _case(
-    name: str, lengths: Sequence[int], T: int, N: int, *, target: str = "", page: int = 0
+    name: str,
+    lengths: Sequence[int],
+    T: int,
+    N: int,
+    *,
+    target: str = "",
+    page: int = 0,
 ) -> Case:
     """One layer's cache, in rows as long as the longest or in pages of `page` slots.
 

@@ -1,47 +1,90 @@
 """Absorbed MLA decoding for Hopper GPUs, in Pallas Mosaic GPU.
 
+A tile is up to 64 queries of a row, a block 64 slots of its cache. One block of threads
+takes a tile through the stretches of rows that `schedule_gpu` gives its part; a stretch
+that is not a whole row leaves a piece for `combine_gpu`. Its four warpgroups:
+
+    values, twice  half of the sum's columns each: acc = factor acc + weights @ latents
+    weights        scores = queries @ keys; weights = 2 ** (scores - highest so far)
+    copies         the cache to shared memory, and before that to the L2 cache
+
+Shared memory has room for the queries (72 KB) and two blocks (of 72 KB, keys and values in
+one), so blocks are worked on in pairs. The scores of both are multiplied back to back;
+under the second's, the first's weights are found; under the first's values, the second's
+weights; under the second's values come the next pair's scores. `benchmarks/mla_decode.md`
+says what each of the choices here is worth.
+
+Two blocks of threads that share a row, for two of its tiles, form a cluster: each copies
+half of a block, to both.
+
 Letters: B rows, T new tokens, N heads, L latent, R rope, Y layers, X rows or pages of the
 cache, Z slots of one, P pages of a row; M = T N queries of a row.
 """
 
 import functools
-import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
 
-SMS = 132  # of an H100 or H200
+from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST, combine
+from pallas_kernels.mla_decode.schedule_gpu import (
+    BLOCK,
+    MOST_ROWS,
+    SMS,
+    division,
+    rows_of,
+    schedule,
+)
+
 TALL = 64  # queries of a tile
-BLOCK = 64  # slots of a block
-LATENT, ROPE = 512, 64
-HALF = LATENT // 2
+L, R = 512, 64
+HALF, QUARTER = L // 2, L // 4
+QUARTERS = (
+    (0, 0),
+    (0, 1),
+    (1, 0),
+    (1, 1),
+)  # (which of a half, half): as they are freed
+SLOTS = 2  # blocks in shared memory
+ROPE = 4 * SLOTS  # its barrier, behind those of the quarters
+GROWTH = 8  # a row's highest score may grow so much, in powers of 2, before it counts
+REGISTERS = {"values": 184, "weights": 120, "copies": 24}  # 512 with values twice
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-WG = plgpu.Layout.WGMMA
-ROW = WG.reduce(1)
-LOG2E = math.log2(math.e)
-NEVER = -1e30
-START_COST = 2  # blocks
-QUARTERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # of a half, of which half
+MATRIX = plgpu.Layout.WGMMA
+COLUMN = MATRIX.reduce(1)
+SCORES = plgpu.ACC((TALL, BLOCK), jnp.float32)
 
 
-def lacks(q_BTNL: Array, q_BTNR: Array, latent_YXZL: Array) -> str:
+def lacks(
+    q_BTNL: Float[Array, "B T N L"],
+    q_BTNR: Float[Array, "B T N R"],
+    latent_YXZL: Float[Array, "Y X Z L"],
+) -> str:
     """Why the kernel does not take these, or nothing."""
-    B, T, N, L = q_BTNL.shape
+    B, T, N, size = q_BTNL.shape
     dtypes = {x.dtype.name for x in (q_BTNL, q_BTNR, latent_YXZL)}
     if dtypes != {"bfloat16"}:
         return f"takes bfloat16, not {', '.join(sorted(dtypes))}"
-    if (L, q_BTNR.shape[-1]) != (LATENT, ROPE):
-        return f"takes sizes {LATENT} and {ROPE}, not {L} and {q_BTNR.shape[-1]}"
+    if (size, q_BTNR.shape[-1]) != (L, R):
+        return f"takes sizes {L} and {R}, not {size} and {q_BTNR.shape[-1]}"
     if latent_YXZL.shape[2] % BLOCK:
-        return f"rows or pages of {latent_YXZL.shape[2]} slots, not multiples of {BLOCK}"
+        return (
+            f"rows or pages of {latent_YXZL.shape[2]} slots, not multiples of {BLOCK}"
+        )
     tiles = -(-T * N // TALL)
     if T * N % (8 * tiles) or tiles > SMS:
         return f"{T} tokens of {N} heads are no equal tiles of 8 to {TALL} queries"
+    if B > MOST_ROWS:
+        return f"{B} rows, more than {MOST_ROWS}"
     return "" if _is_hopper() else "is for GPUs of Hopper's generation"
 
 
@@ -52,536 +95,605 @@ def _is_hopper() -> bool:
     return jax.devices()[0].compute_capability.startswith("9.")
 
 
-class Options(NamedTuple):
-    lefts: int = 2
-    rights: int = 2
-    ropes: int = 1
-    lazy: bool = True
-    gate: bool = False
-    chain: bool = True
-    stagger: bool = True
-    rs: bool = False
-    bare: bool = False  # no barriers of Pallas' own
-    ahead: int = 2  # blocks fetched into L2 ahead of the copy
-    early: bool = True
-    cluster: bool = False
-    registers: tuple[int, int, int] = (176, 136, 24)  # values, softmax, producer
-    skip: tuple[str, ...] = ()
-
-
-class Plan(NamedTuple):
-    first: Array
-    last: Array
-    starts: Array
-    counts: Array
-    longest: Array
-    total: Array
-
-
-def shares(longest, total, rows: int, parts: int):
-    """(whether rows are cut evenly, what a row then takes, what a part takes)."""
-    each, cuts = -(-rows // parts), max(1, parts // rows)
-    even = lax.div(total + START_COST * rows + parts - 1, jnp.int32(parts))
-    if cuts == 1:
-        same = longest + START_COST
-        equal = each * same
-    else:
-        equal = lax.div(longest + cuts - 1, jnp.int32(cuts))
-        same = equal * cuts
-    uniform = equal * 20 <= even * 21
-    return uniform, same, jnp.where(uniform, equal, even)
-
-
-def plan(lengths, slots, tiles):
-    parts = max(1, SMS // tiles)
-    B = lengths.shape[0]
-    lengths = jnp.clip(lengths, 0, slots).astype(jnp.int32)
-    counts = jnp.maximum(1, lax.div(lengths + BLOCK - 1, jnp.int32(BLOCK)))
-    longest, total = counts.max(), counts.sum()
-    uniform, same, payload = shares(longest, total, B, parts)
-    b = jnp.arange(B, dtype=jnp.int32)
-    costs = counts + START_COST
-    starts = jnp.where(b[:, None] > b, costs, 0).sum(1, dtype=jnp.int32)
-    starts = jnp.where(uniform, b * same, starts)
-    begin = jnp.arange(parts, dtype=jnp.int32)[:, None] * payload
-    first = (starts + counts <= begin).sum(1, dtype=jnp.int32)
-    last = (starts < begin + payload).sum(1, dtype=jnp.int32)
-    return Plan(first, last, starts, counts, longest[None], total[None]), parts
-
-
 def decode(
-    q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, layer, pages_BP, *, scale, options=Options(),
-    combine=True,
-):
-    B, T, N, L = q_BTNL.shape
-    M = T * N
-    Y, X, Z, _ = latent_YXZL.shape
-    P = 1 if pages_BP is None else pages_BP.shape[1]
-    tiles = -(-M // TALL)
-    rows = M // tiles
-    o = options
-    cluster = o.cluster and tiles % 2 == 0
-    schedule, parts = plan(lengths_B, P * Z, tiles)
-    lengths = jnp.clip(lengths_B, 0, P * Z).astype(jnp.int32)
-    layer = jnp.asarray(layer, jnp.int32)[None]
+    q_BTNL: Float[Array, "B T N L"],
+    q_BTNR: Float[Array, "B T N R"],
+    latent_YXZL: Float[Array, "Y X Z L"],
+    rope_YXRZ: Float[Array, "Y X R Z"],
+    lengths_B: Int[Array, " B"],
+    layer: Int[Array, ""],
+    pages_BP: Int[Array, "B P"] | None,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
+    """See `pallas_kernels.mla_decode.api`."""
+    (B, T, N, _), (Y, X, Z, _) = q_BTNL.shape, latent_YXZL.shape
+    slots = Z if pages_BP is None else Z * pages_BP.shape[1]
+    sizes = _Sizes(B, T, N, X, Z, slots, paged=pages_BP is not None, scale=scale)
+    lengths_B = jnp.clip(lengths_B, 0, slots).astype(jnp.int32)
+    plan = schedule(lengths_B, parts=sizes.parts)
     if pages_BP is None:
-        pages = jnp.zeros((1, 1), jnp.int32)
-    else:
-        pages = jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32)
-    dtype = q_BTNL.dtype
+        pages_BP = jnp.zeros((1, 1))
+    out, lse, sums, lses = _call(sizes)(
+        *plan,
+        lengths_B,
+        jnp.asarray(layer, jnp.int32)[None],
+        jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32),
+        q_BTNL.reshape(B, T * N, L),
+        q_BTNR.reshape(B, T * N, R),
+        latent_YXZL.reshape(Y * X, Z, L),
+        rope_YXRZ.reshape(Y * X, R, Z),
+    )
+    out, lse = combine(plan, out, lse, sums, lses, parts=sizes.parts)
+    return out.reshape(q_BTNL.shape), lse[:, :, : sizes.rows].reshape(B, T, N)
 
-    def kernel(first_r, last_r, start_r, count_r, longest_r, total_r, length_r, layer_r, page_r,
-               q_r, qr_r, latent_r, rope_r, out_r, lse_r, part_r, part_lse_r, scoped):
-        (q_s, qr_s, left_s, right_s, rope_s, p_s, stats,
-         q_full, q_free, full, free, p_full, p_free, turn) = scoped
-        part = lax.axis_index("part")
-        tile = lax.axis_index("tile")
-        if cluster:
-            tile = tile * 2 + lax.axis_index("pair")
-        w = lax.axis_index("wg")
-        mine = pl.ds(tile * rows, rows)
-        everything = (slice(None),) if rows == TALL else (pl.ds(0, rows),)
-        _, _, payload = shares(longest_r[0], total_r[0], B, parts)
-        depth = (o.lefts, o.rights, o.ropes)
 
-        def place_of(k, at, c=0):
-            return 2 * (o.lefts + o.rights) + at if k == 2 else 2 * (k * o.lefts + at) + c
+@dataclass(frozen=True)
+class _Sizes:
+    """All that the kernel's code depends on."""
 
-        def freed(*place):
-            return free.at[place_of(*place)]
+    B: int
+    T: int
+    N: int
+    X: int
+    Z: int
+    slots: int  # of a row
+    paged: bool
+    scale: float
 
-        def filled(*place):
-            return full.at[place_of(*place)]
-        rings = (left_s, right_s, rope_s)
+    @property
+    def tiles(self) -> int:
+        return -(-self.T * self.N // TALL)
 
-        def items(body):
-            def step(row, n):
-                start, count = start_r[row], count_r[row]
-                lo = jnp.clip(part * payload - start, 0, count)
-                hi = jnp.clip((part + 1) * payload - start, 0, count)
-                body(row, lo, hi, n)
-                return n + hi - lo
-            return lax.fori_loop(first_r[part], last_r[part], step, jnp.int32(0))
+    @property
+    def rows(self) -> int:
+        """Queries of a tile that there are."""
+        return self.T * self.N // self.tiles
 
-        def produce(row, lo, hi, n):
-            @pl.when(n > 0)
-            def _():
-                plgpu.barrier_wait(q_free)
-            plgpu.copy_gmem_to_smem(q_r.at[row, mine], q_s.at[(0, *everything)], q_full)
-            plgpu.copy_gmem_to_smem(qr_r.at[row, mine], qr_s.at[everything], q_full)
-            base = layer_r[0] * X
+    @property
+    def parts(self) -> int:
+        return SMS // self.tiles
 
-            def sources(j):
-                slot, place = j * BLOCK, row
-                if pages_BP is not None:
-                    place = page_r[row, lax.div(slot, Z)]
-                    slot = lax.rem(slot, Z)
-                slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-                return latent_r.at[base + place, slots], rope_r.at[base + place, :, slots]
+    @property
+    def clustered(self) -> bool:
+        return self.tiles % 2 == 0
 
-            def prefetch(j):
-                latents, rope = sources(j)
-                if tiles % 2 == 0:
-                    half = lax.axis_index("pair") if cluster else lax.rem(tile, 2)
-                    plgpu.async_prefetch(latents.at[:, pl.ds(half * HALF, HALF)])
-                    pl.when(half == 0)(lambda: plgpu.async_prefetch(rope))
-                else:
-                    plgpu.async_prefetch(latents.at[:, pl.ds(0, HALF)])
-                    plgpu.async_prefetch(latents.at[:, pl.ds(HALF, HALF)])
-                    plgpu.async_prefetch(rope)
 
-            if o.ahead:
-                @pl.loop(lo, jnp.minimum(lo + o.ahead, hi))
-                def _(j):
-                    prefetch(j)
+class _Shared(NamedTuple):
+    """Shared memory and barriers. "Full" and "free" say when what is there may be used,
+    and when the next may take its place.
+    """
 
-            @pl.loop(lo, hi)
-            def _(j):
-                g = n + j - lo
-                if o.ahead:
-                    pl.when(j + o.ahead < hi)(lambda: prefetch(j + o.ahead))
-                latents, ropes = sources(j)
-                at = [lax.rem(g, d) for d in depth]
-                second = lax.rem(j - lo, 2)
+    q: Any  # [1, 64, L]
+    q_rope: Any  # [64, R]
+    latents: Any  # [SLOTS, 2 halves, 2 quarters, 64, L / 4]
+    rope: Any  # [R, 64]
+    weights: Any  # [2, 64, 64]
+    factors: (
+        Any  # [4, 64]: for the sums before either weights; for the result after them
+    )
+    q_full: Any
+    q_free: Any
+    full: Any  # of quarters, and of the rotary part
+    free: Any
+    weights_full: Any
+    weights_free: Any
+    turn: Any  # of the second half's products, when the first's are half done
 
-                def load(k, c, source, target):
-                    @pl.when(g >= depth[k])
-                    def _():
-                        plgpu.barrier_wait(freed(k, at[k], c))
-                    if "load" in o.skip:
-                        plgpu.barrier_arrive(filled(k, at[k], c))
-                    else:
-                        plgpu.copy_gmem_to_smem(source, target, filled(k, at[k], c),
-                                                collective_axes=("pair",) if cluster else None)
-
-                def rope():
-                    load(2, 0, ropes, rope_s.at[at[2]])
-                pl.when(second == 0)(rope)
-                for c, k in QUARTERS:
-                    load(k, c, latents.at[:, pl.ds(k * HALF + c * 128, 128)], rings[k].at[at[k], c])
-                pl.when(second == 1)(rope)
-
-        def soften(row, lo, hi, n):
-            length, count = length_r[row], count_r[row]
-            zero = lax.shift_right_logical(length, 30)
-            shortest = length - T + 1
-
-            def multiply_rope(acc, j):
-                at = lax.rem(n + j - lo, o.ropes)
-                plgpu.barrier_wait(filled(2, at))
-                plgpu.wgmma(acc, qr_s, rope_s.at[at])
-
-            def multiply_latents(acc, j):
-                g = n + j - lo
-                q = q_s.at[zero * j]
-                for c, k in QUARTERS:
-                    at = lax.rem(g, depth[k])
-                    plgpu.barrier_wait(filled(k, at, c))
-                    if "qk" not in o.skip:
-                        plgpu.wgmma(acc, q.at[:, pl.ds(k * HALF + c * 128, 128)],
-                                    rings[k].at[at, c].T)
-
-            def done(j):
-                plgpu.barrier_arrive(freed(2, lax.rem(n + j - lo, o.ropes)))
-
-            def masked(s, j):
-                def mask(s):
-                    query = plgpu.broadcasted_iota(jnp.int32, (TALL, BLOCK), 0, layout=WG)
-                    slot = plgpu.broadcasted_iota(jnp.int32, (TALL, BLOCK), 1, layout=WG)
-                    seen = shortest
-                    if T > 1:
-                        seen = seen + lax.div(query + tile * rows, jnp.int32(N))
-                        seen = jnp.minimum(seen, length)
-                    return jnp.where(slot + j * BLOCK < seen, s, -jnp.inf)
-                return lax.cond((j + 1) * BLOCK > shortest, mask, lambda s: s, s)
-
-            def soften_block(s, j, m, l):
-                """Writes P and how to scale the sum before it is added."""
-                g = n + j - lo
-                at = lax.rem(g, 2)
-                if "softmax" in o.skip:
-                    p, alpha, m_new = s, l, m
-                else:
-                    s = masked(s * (scale * LOG2E), j)
-                    m_new = jnp.maximum(m, s.max(axis=1))
-                    if o.lazy:
-                        m_new = jnp.where(m_new > m + 8, m_new, m)
-                    alpha = jnp.exp2(m - m_new)
-                    p = jnp.exp2(s - lax.broadcast_in_dim(m_new, s.shape, [0]))
-                    l = l * alpha + p.sum(axis=1)
-
-                @pl.when(g > 1)
-                def _():
-                    plgpu.barrier_wait(p_free.at[at])
-                p_s[at] = p.astype(dtype)
-                if o.lazy:  # 2: leave the sum as it is
-                    grown = jnp.max(m_new - m)
-                    alpha = jnp.where(grown > 0, alpha, jnp.full_like(alpha, 2))
-                stats[at] = alpha
-                return m_new, l
-
-            def finish(m, l):
-                at = 2 + lax.rem(n + hi - 1 - lo, 2)
-                some = l > 0
-                stats[at] = jnp.where(some, 1 / l, jnp.zeros_like(l))
-                lse = jnp.where(some, (m + jnp.log2(l)) / LOG2E, jnp.full_like(l, -jnp.inf))
-                whole = (lo == 0) & (hi == count)
-
-                @pl.when(whole)
-                def _():
-                    lse_r[row, tile] = lse
-
-                @pl.when(~whole)
-                def _():
-                    part_lse_r[2 * part + (lo == 0).astype(jnp.int32), tile] = lse
-
-            def publish(j):
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(p_full.at[lax.rem(n + j - lo, 2)])
-
-            def one(j):
-                def scores(acc):
-                    multiply_rope(acc, j)
-                    multiply_latents(acc, j)
-                    return acc[...]
-                s = pl.run_scoped(scores, plgpu.ACC((TALL, BLOCK), jnp.float32))
-                done(j)
-                return s
-
-            def two(i, carry):
-                m, l = carry
-                j = lo + 2 * i
-
-                def both(acc, acc_next):
-                    multiply_rope(acc, j)
-                    multiply_latents(acc, j)
-                    if o.chain:
-                        multiply_latents(acc_next, j + 1)
-                        s = plgpu.wgmma_accumulator_load(acc, wait_n=4)
-                        done(j)
-                    else:
-                        s = acc[...]
-                        done(j)
-                        multiply_latents(acc_next, j + 1)
-                    state = soften_block(s, j, m, l)
-                    if not o.gate:
-                        publish(j)
-                    multiply_rope(acc_next, j + 1)
-                    return acc_next[...], *state
-                block = plgpu.ACC((TALL, BLOCK), jnp.float32)
-                s, m, l = pl.run_scoped(both, block, block)
-                done(j + 1)
-                if o.gate:
-                    publish(j)
-
-                @pl.when(j + 2 == hi)
-                def _():
-                    plgpu.barrier_arrive(q_free)
-                m, l = soften_block(s, j + 1, m, l)
-
-                @pl.when(j + 2 == hi)
-                def _():
-                    finish(m, l)
-                publish(j + 1)
-                return m, l
-
-            plgpu.barrier_wait(q_full)
-            m = plgpu.layout_cast(jnp.full((TALL,), NEVER, jnp.float32), ROW)
-            l = plgpu.layout_cast(jnp.zeros((TALL,), jnp.float32), ROW)
-            m, l = lax.fori_loop(0, lax.div(hi - lo, 2), two, (m, l))
-
-            @pl.when(lax.rem(hi - lo, 2) == 1)
-            def _():
-                s = one(hi - 1)
-                plgpu.barrier_arrive(q_free)
-                finish(*soften_block(s, hi - 1, m, l))
-                publish(hi - 1)
-
-        def values(k):
-            ring = rings[k]
-
-            def body(row, lo, hi, n):
-                count, end = count_r[row], n + hi - lo
-                whole = (lo == 0) & (hi == count)
-                # Slots that the row has in the last block of these.
-                left = length_r[row] - (hi - 1) * BLOCK
-
-                def step(g, acc):
-                    at, p_at = lax.rem(g, depth[k]), lax.rem(g, 2)
-                    for c in range(2):
-                        plgpu.barrier_wait(filled(k, at, c))
-                    plgpu.barrier_wait(p_full.at[p_at])
-
-                    @pl.when((g + 1 == end) & (left < BLOCK))
-                    def _():
-                        for c in range(0, HALF, 64):
-                            chunk = ring.at[at, c // 128, :, pl.ds(c % 128, 64)]
-                            v = plgpu.load(chunk, (), layout=WG)
-                            slot = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WG)
-                            v = jnp.where(slot < left, v, jnp.zeros_like(v))
-                            plgpu.commit_smem()  # all have read
-                            chunk[...] = v
-                        plgpu.commit_smem()
-
-                    def rescale(acc):
-                        alpha = plgpu.load(stats.at[p_at], (), layout=ROW)
-                        return acc * lax.broadcast_in_dim(alpha, acc.shape, [0])
-                    if "rescale" not in o.skip:
-                        if o.lazy:
-                            acc = lax.cond(stats[p_at, 0] < 2, rescale, lambda acc: acc, acc)
-                        else:
-                            acc = rescale(acc)
-
-                    if o.stagger and k == 1:
-                        plgpu.barrier_wait(turn.at[p_at])
-
-                    p = plgpu.load(p_s.at[p_at], (), layout=WG) if o.rs else p_s.at[p_at]
-
-                    def multiply(a):
-                        for c in range(2):
-                            plgpu.wgmma(a.at[:, pl.ds(c * 128, 128)], p, ring.at[at, c])
-                        if o.early or (o.stagger and k == 0):
-                            plgpu.wgmma_wait(1)
-                        if o.stagger and k == 0:
-                            plgpu.barrier_arrive(turn.at[p_at])
-                        if o.early:
-                            @pl.when(g + 1 < end)
-                            def _():
-                                plgpu.barrier_arrive(freed(k, at, 0))
-                    if "pv" not in o.skip:
-                        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-                    @pl.when(g + 1 < end)
-                    def _():
-                        plgpu.barrier_arrive(p_free.at[p_at])
-                        if not o.early:
-                            plgpu.barrier_arrive(freed(k, at, 0))
-                        plgpu.barrier_arrive(freed(k, at, 1))
-                    return acc
-
-                acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), WG)
-                acc = lax.fori_loop(n, end, step, acc)
-                p_at, at = lax.rem(end - 1, 2), lax.rem(end - 1, depth[k])
-                inverse = plgpu.load(stats.at[2 + p_at], (), layout=ROW)
-                plgpu.barrier_arrive(p_free.at[p_at])
-                acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
-
-                @pl.when(whole)
-                def _():
-                    plgpu.commit_smem()  # all have multiplied
-                    for c in range(2):
-                        ring[at, c] = acc[:, c * 128 : (c + 1) * 128].astype(dtype)
-                    plgpu.commit_smem()
-                    for c in range(2):
-                        plgpu.copy_smem_to_gmem(
-                            ring.at[(at, c, *everything)],
-                            out_r.at[row, mine, pl.ds(k * HALF + c * 128, 128)])
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                @pl.when(~whole)
-                def _():
-                    part_r[2 * part + (lo == 0).astype(jnp.int32), tile, :, pl.ds(k * HALF, HALF)] = acc
-                plgpu.barrier_arrive(freed(k, at, 0))
-                plgpu.barrier_arrive(freed(k, at, 1))
-            return body
-
-        def run_values(k):
-            plgpu.set_max_registers(o.registers[0], action="increase")
-            items(values(k))
-            plgpu.wait_smem_to_gmem(0)
-
-        def run_soften():
-            plgpu.set_max_registers(o.registers[1], action="increase")
-            items(soften)
-
-        def run_produce():
-            plgpu.set_max_registers(o.registers[2], action="decrease")
-            total = items(produce)
-            if cluster:
-                for k in range(3):
-                    @pl.loop(jnp.maximum(total - depth[k], 0), total)
-                    def _(g, k=k):
-                        for c in range(1 + (k < 2)):
-                            plgpu.barrier_wait(freed(k, lax.rem(g, depth[k]), c))
-
-        lax.cond(w < 2,
-                 lambda: lax.cond(w == 0, lambda: run_values(0), lambda: run_values(1)),
-                 lambda: lax.cond(w == 2, run_soften, run_produce))
-
-    def release(count, **k):
-        if cluster:
-            return plgpu.ClusterBarrier(collective_axes=("pair",), num_barriers=count)
-        return plgpu.Barrier(num_barriers=count)
-
-    def entry(*refs):
-        pl.run_scoped(
-            lambda *a: kernel(*refs, a),
-            plgpu.SMEM((1, TALL, LATENT), dtype, transforms=TILED),
-            plgpu.SMEM((TALL, ROPE), dtype, transforms=TILED),
-            plgpu.SMEM((o.lefts, 2, BLOCK, HALF // 2), dtype, transforms=TILED),
-            plgpu.SMEM((o.rights, 2, BLOCK, HALF // 2), dtype, transforms=TILED),
-            plgpu.SMEM((o.ropes, ROPE, BLOCK), dtype, transforms=TILED),
-            plgpu.SMEM((2, TALL, BLOCK), dtype, transforms=TILED),
-            plgpu.SMEM((4, TALL), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_barriers=2 * (o.lefts + o.rights) + o.ropes),
-            release(2 * (o.lefts + o.rights) + o.ropes),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
-            collective_axes="wg",
+    @classmethod
+    def types(cls, *, clustered: bool):
+        """What to allocate: 226 of the 227 KB there are."""
+        matrix = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
+        free: Any = plgpu.Barrier(num_barriers=ROPE + 1)
+        if clustered:
+            free = plgpu.ClusterBarrier(
+                collective_axes=("pair",), num_barriers=ROPE + 1
+            )
+        return cls(
+            q=matrix((1, TALL, L)),
+            q_rope=matrix((TALL, R)),
+            latents=matrix((SLOTS, 2, 2, BLOCK, QUARTER)),
+            rope=matrix((R, BLOCK)),
+            weights=matrix((2, TALL, BLOCK)),
+            factors=plgpu.SMEM((4, TALL), jnp.float32),
+            q_full=plgpu.Barrier(num_arrivals=2),
+            q_free=plgpu.Barrier(),
+            full=plgpu.Barrier(num_barriers=ROPE + 1),
+            free=free,
+            weights_full=plgpu.Barrier(num_barriers=2),
+            weights_free=plgpu.Barrier(num_arrivals=2, num_barriers=2),
+            turn=plgpu.Barrier(num_barriers=2),
         )
 
-    grid = dict(grid=(tiles, parts), grid_names=("tile", "part"))
-    if cluster:
-        grid = dict(grid=(tiles // 2, parts), grid_names=("tile", "part"),
-                    cluster=(2,), cluster_names=("pair",))
-    out, lse, partial, partial_lse = plgpu.kernel(
-        entry,
+
+def _call(sizes: _Sizes):
+    """The kernel, of arguments and results as `_Kernel` has them."""
+    s, tiles, places = sizes, sizes.tiles, 2 * sizes.parts
+
+    def kernel(*refs):
+        def run(*shared):
+            _Kernel(sizes, *refs, _Shared(*shared)).run()
+
+        shared = _Shared.types(clustered=s.clustered)
+        pl.run_scoped(run, *shared, collective_axes="warpgroup")
+
+    grid: dict[str, Any] = dict(grid=(tiles, s.parts), grid_names=("tile", "part"))
+    if s.clustered:
+        grid |= dict(grid=(tiles // 2, s.parts), cluster=(2,), cluster_names=("pair",))
+    queries = s.B * s.T * s.N
+    return pl.kernel(
+        kernel,
         out_type=(
-            jax.ShapeDtypeStruct((B, M, L), dtype),
-            jax.ShapeDtypeStruct((B, tiles, TALL), jnp.float32),
-            jax.ShapeDtypeStruct((2 * parts, tiles, TALL, LATENT), jnp.float32),
-            jax.ShapeDtypeStruct((2 * parts, tiles, TALL), jnp.float32),
+            jax.ShapeDtypeStruct((s.B, s.T * s.N, L), jnp.bfloat16),
+            jax.ShapeDtypeStruct((s.B, tiles, TALL), jnp.float32),
+            jax.ShapeDtypeStruct((places, tiles, TALL, L), jnp.float32),
+            jax.ShapeDtypeStruct((places, tiles, TALL), jnp.float32),
         ),
-        **grid,
-        num_threads=4,
-        thread_name="wg",
+        mesh=plgpu.Mesh(**grid, num_threads=4, thread_name="warpgroup"),
+        name="mla_decode",
+        cost_estimate=pl.CostEstimate(  # of full rows
+            flops=2 * s.slots * queries * (L + R + L),
+            transcendentals=s.slots * queries,
+            bytes_accessed=2 * s.B * s.slots * (L + R) + 2 * queries * (L + R + L),
+        ),
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=512, unsafe_no_auto_barriers=o.bare,
+            approx_math=True,
+            reduction_scratch_bytes=1024,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # there is one wherever one is needed
         ),
-    )(*schedule, lengths, layer, pages, q_BTNL.reshape(B, M, L), q_BTNR.reshape(B, M, ROPE),
-      latent_YXZL.reshape(Y * X, Z, L), rope_YXRZ.reshape(Y * X, ROPE, Z))
-    if combine:
-        out, lse = _combine(schedule, parts, rows, out, lse, partial, partial_lse)
-    return out.reshape(q_BTNL.shape), lse[:, :, :rows].reshape(B, T, N)
+    )
 
 
-def _combine(schedule, parts, rows, out, lse, partial, partial_lse):
-    """Puts together the rows that are cut, in place."""
-    if parts == 1:
-        return out, lse
-    B, M, _ = out.shape
-    # Many rows have few cuts each, a few have many.
-    turns, queries, deep = (4, 2, 4) if B >= 32 else (1, 1, 16)
+class _Stretch(NamedTuple):
+    """Blocks of a row, and how many other blocks the part has behind it."""
 
-    def body(start_r, count_r, longest_r, total_r, part_r, part_lse_r, out_r, lse_r):
-        row = lax.axis_index("row")
-        _, _, payload = shares(longest_r[0], total_r[0], B, parts)
-        start = start_r[row]
-        begin = lax.div(start, payload)
-        cuts = lax.div(start + count_r[row] - 1, payload) - begin + 1
+    row: Any
+    length: Any  # slots that the row has filled
+    blocks: Any  # of the whole row
+    first: Any
+    last: Any  # the block after it
+    done: Any
 
-        def add(i, carry, places):
-            slots, visible = [], []
-            for k in range(deep):
-                cut = i * deep + k
-                visible.append(cut < cuts)
-                slot = 2 * (begin + jnp.minimum(cut, cuts - 1))
-                slots.append(slot + (cut == 0).astype(jnp.int32))
-            sums = []
-            for (m, l, acc), place in zip(carry, places):
-                x = [part_lse_r[slot, *place] for slot in slots]
-                x = [jnp.where(v, lse, -jnp.inf) for v, lse in zip(visible, x)]
-                highest = functools.reduce(jnp.maximum, x, m)
-                scale = jnp.exp2((m - highest) * LOG2E)
-                l, acc = l * scale, acc * scale
-                for slot, lse in zip(slots, x):
-                    weight = jnp.exp2((lse - highest) * LOG2E)
-                    l, acc = l + weight, acc + part_r[slot, *place] * weight
-                sums.append((highest, l, acc))
-            return sums
+    @property
+    def end(self):
+        return self.done + self.last - self.first
 
-        @pl.when(cuts > 1)
+    @property
+    def whole(self):
+        return (self.first == 0) & (self.last == self.blocks)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One block of threads. Blocks of the cache are numbered by `step` as it meets them,
+    over all its rows: the slots that they lie in alternate.
+    """
+
+    sizes: _Sizes
+    rows: Any
+    costs: Any
+    counts: Any
+    longest: Any
+    total: Any
+    lengths: Any
+    layer: Any
+    pages: Any
+    q: Any
+    q_rope: Any
+    latent: Any
+    rope: Any
+    out: Any
+    lse: Any
+    sums: Any
+    lses: Any
+    shared: _Shared
+
+    def run(self) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        # A tree of branches, each of which sets its registers first, is what ptxas takes.
+        lax.cond(
+            warpgroup < 2,
+            lambda: lax.cond(
+                warpgroup == 0, lambda: self.values(0), lambda: self.values(1)
+            ),
+            lambda: lax.cond(warpgroup == 2, self.weigh, self.copy),
+        )
+
+    # --- who does what
+
+    @property
+    def part(self):
+        return lax.axis_index("part")
+
+    @property
+    def tile(self):
+        if self.sizes.clustered:
+            return 2 * lax.axis_index("tile") + lax.axis_index("pair")
+        return lax.axis_index("tile")
+
+    @property
+    def queries(self):
+        """Those of the tile, among those of a row."""
+        return pl.ds(self.tile * self.sizes.rows, self.sizes.rows)
+
+    def place(self, stretch: _Stretch):
+        """Where a piece goes; see `combine`."""
+        return 2 * self.part + (stretch.first == 0).astype(jnp.int32), self.tile
+
+    def stretches(self, body) -> jax.Array:
+        """Calls `body` with every stretch of the part; the number of its blocks."""
+        s = self.sizes
+        divided = division(self.longest[0], self.total[0], rows=s.B, parts=s.parts)
+
+        def one(row, done):
+            count = self.counts[row]
+            start = divided.start(row, self.costs[row])
+            first, last = divided.blocks(self.part, start, count)
+            stretch = _Stretch(row, self.lengths[row], count, first, last, done)
+            body(stretch)
+            return stretch.end
+
+        return lax.fori_loop(*rows_of(self.rows[self.part]), one, jnp.int32(0))
+
+    # --- copies
+
+    def copy(self) -> None:
+        _take_registers("copies")
+        total = self.stretches(self.copy_stretch)
+        if self.sizes.clustered:
+            # A neighbour may still say that it has done with what came from here.
+            @pl.loop(jnp.maximum(total - SLOTS, 0), total)
+            def _(step):
+                for half, quarter in QUARTERS:
+                    plgpu.barrier_wait(
+                        self.shared.free.at[_quarter(step, half, quarter)]
+                    )
+
+            @pl.when(total > 0)
+            def _():
+                plgpu.barrier_wait(self.shared.free.at[ROPE])
+
+    def copy_stretch(self, stretch: _Stretch) -> None:
+        shared, row = self.shared, stretch.row
+
+        @pl.when(stretch.done > 0)
         def _():
-            @pl.loop(0, turns)
-            def _(turn):
-                place = (lax.axis_index("query") * turns + turn) * queries
-                places = [place + q for q in range(queries)]
-                places = [(lax.div(q, rows), lax.rem(q, rows)) for q in places]
-                zero = plgpu.layout_cast(
-                    jnp.zeros((LATENT,), jnp.float32), plgpu.Layout.WG_STRIDED((LATENT,), 2)
-                )
-                sums = lax.fori_loop(
-                    0,
-                    lax.div(cuts + deep - 1, deep),
-                    functools.partial(add, places=places),
-                    [(jnp.float32(NEVER), jnp.float32(0), zero)] * queries,
-                )
-                for (m, l, acc), (tile, r) in zip(sums, places):
-                    some = l > 0
-                    out_r[row, tile * rows + r] = (acc * jnp.where(some, 1 / l, 0.0)).astype(out.dtype)
-                    lse_r[row, tile, r] = jnp.where(some, m + jnp.log2(l) / LOG2E, -jnp.inf)
+            plgpu.barrier_wait(shared.q_free)
 
-    out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
-    pl.kernel(
-        body,
-        mesh=plgpu.Mesh(grid=(M // (turns * queries), B), grid_names=("query", "row")),
-        name="mla_decode_combine",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )(*schedule[2:], partial, partial_lse, out_ref, lse_ref)
-    return jax.freeze(out_ref), jax.freeze(lse_ref)
+        there = self.there
+        plgpu.copy_gmem_to_smem(
+            self.q.at[row, self.queries], shared.q.at[(0, *there)], shared.q_full
+        )
+        plgpu.copy_gmem_to_smem(
+            self.q_rope.at[row, self.queries], shared.q_rope.at[there], shared.q_full
+        )
+        cached = functools.partial(self.cached, stretch, self.layer[0] * self.sizes.X)
+        if self.sizes.clustered:
+            self.fetch(*cached(stretch.first))
+
+        @pl.loop(stretch.first, stretch.last)
+        def _(block):
+            if self.sizes.clustered:
+                more = block + 1 < stretch.last
+                pl.when(more)(lambda: self.fetch(*cached(block + 1)))
+            self.copy_block(stretch, block, *cached(block))
+
+    def copy_block(self, stretch: _Stretch, block, latents, rope) -> None:
+        """In the order in which it is used: of every second block, the rotary part last."""
+        shared, step = self.shared, stretch.done + block - stretch.first
+        second = lax.rem(block - stretch.first, 2) == 1
+
+        def load(source, target, number, slots):
+            @pl.when(step >= slots)
+            def _():
+                plgpu.barrier_wait(shared.free.at[number])
+
+            pair = ("pair",) if self.sizes.clustered else None
+            barrier = shared.full.at[number]
+            plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=pair)
+
+        def load_rope():
+            load(rope, shared.rope, ROPE, 1)
+
+        pl.when(~second)(load_rope)
+        for half, quarter in QUARTERS:
+            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+            target = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
+            load(latents.at[:, columns], target, _quarter(step, half, quarter), SLOTS)
+        pl.when(second)(load_rope)
+
+    def fetch(self, latents, rope) -> None:
+        """Has the L2 cache fetch half of a block; the neighbour asks for the other."""
+        half = lax.axis_index("pair")
+        plgpu.async_prefetch(latents.at[:, pl.ds(half * HALF, HALF)])
+        pl.when(half == 0)(lambda: plgpu.async_prefetch(rope))
+
+    def cached(self, stretch: _Stretch, layer, block):
+        """A block's latents [64, L] and rotary keys [R, 64] in the cache, of which `layer`
+        is the first place.
+        """
+        s, place, slot = self.sizes, stretch.row, block * BLOCK
+        if s.paged:
+            place = self.pages[place, lax.div(slot, s.Z)]
+            slot = lax.rem(slot, s.Z)
+        place += layer
+        slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
+        return self.latent.at[place, slots], self.rope.at[place, :, slots]
+
+    @property
+    def there(self):
+        """The rows of a tile that there are."""
+        rows = self.sizes.rows
+        return (slice(None),) if rows == TALL else (pl.ds(0, rows),)
+
+    # --- scores and weights
+
+    def weigh(self) -> None:
+        _take_registers("weights")
+        self.stretches(self.weigh_stretch)
+
+    def weigh_stretch(self, stretch: _Stretch) -> None:
+        plgpu.barrier_wait(self.shared.q_full)
+        highest = plgpu.layout_cast(jnp.full((TALL,), LOWEST, jnp.float32), COLUMN)
+        # What weights sum up to, in 8 parts a row: added up at the end.
+        total = plgpu.layout_cast(jnp.zeros((TALL, 8), jnp.float32), MATRIX)
+        count = stretch.last - stretch.first
+        pair = functools.partial(self.weigh_pair, stretch)
+        state = lax.fori_loop(0, lax.div(count, 2), pair, (highest, total))
+
+        @pl.when(lax.rem(count, 2) == 1)
+        def _():
+            self.weigh_last(stretch, state)
+
+    def weigh_pair(self, stretch: _Stretch, number, state):
+        """Two blocks. Their scores follow each other without a pause, but for the second's
+        rotary part: there is room for one.
+        """
+        block = stretch.first + 2 * number
+        step = stretch.done + 2 * number
+
+        def both(acc, acc_next):
+            self.multiply_rope(acc)
+            self.multiply_latents(acc, stretch, step)
+            self.multiply_latents(acc_next, stretch, step + 1)
+            scores = plgpu.wgmma_accumulator_load(acc, wait_n=len(QUARTERS))
+            plgpu.barrier_arrive(self.shared.free.at[ROPE])
+            state_next = self.soften(stretch, block, scores, state)
+            self.publish(step)
+            self.multiply_rope(acc_next)
+            return acc_next[...], state_next
+
+        scores, state = pl.run_scoped(both, SCORES, SCORES)
+        plgpu.barrier_arrive(self.shared.free.at[ROPE])
+        ends = block + 2 == stretch.last
+        pl.when(ends)(lambda: plgpu.barrier_arrive(self.shared.q_free))
+        state = self.soften(stretch, block + 1, scores, state)
+        pl.when(ends)(lambda: self.finish(stretch, state))
+        self.publish(step + 1)
+        return state
+
+    def weigh_last(self, stretch: _Stretch, state) -> None:
+        """The last of an odd number of blocks."""
+        step = stretch.end - 1
+
+        def one(acc):
+            self.multiply_rope(acc)
+            self.multiply_latents(acc, stretch, step)
+            return acc[...]
+
+        scores = pl.run_scoped(one, SCORES)
+        plgpu.barrier_arrive(self.shared.free.at[ROPE])
+        plgpu.barrier_arrive(self.shared.q_free)
+        self.finish(stretch, self.soften(stretch, stretch.last - 1, scores, state))
+        self.publish(step)
+
+    def multiply_rope(self, acc) -> None:
+        plgpu.barrier_wait(self.shared.full.at[ROPE])
+        plgpu.wgmma(acc, self.shared.q_rope, self.shared.rope)
+
+    def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
+        shared = self.shared
+        # A zero that the compiler does not know: it would keep all addresses in registers.
+        zero = lax.shift_right_logical(stretch.length, 30) * step
+        for half, quarter in QUARTERS:
+            plgpu.barrier_wait(shared.full.at[_quarter(step, half, quarter)])
+            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+            latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
+            plgpu.wgmma(acc, shared.q.at[zero, :, columns], latents.T)
+
+    def soften(self, stretch: _Stretch, block, scores, state):
+        """Writes 2 ** (scores - highest), and what to multiply the sums before with."""
+        shared, (highest, total) = self.shared, state
+        step = stretch.done + block - stretch.first
+        scale = self.sizes.scale * LOG2E
+        scores = self.masked(stretch, block, scores if scale >= 0 else -scores)
+        scale, before = abs(scale), highest
+        highest = jnp.maximum(before, scores.max(axis=1) * scale)
+        highest = jnp.where(highest > before + GROWTH, highest, before)
+        factor = jnp.exp2(before - highest)
+        weights = jnp.exp2(scores * scale - _rows(highest, scores))
+        total = total * _rows(factor, total)
+        for column in range(0, BLOCK, 8):
+            total = total + weights[:, column : column + 8]
+        at = lax.rem(step, 2)
+
+        @pl.when(step > 1)
+        def _():
+            plgpu.barrier_wait(shared.weights_free.at[at])
+
+        shared.weights[at] = weights.astype(jnp.bfloat16)
+        shared.factors[at] = factor
+        return highest, total
+
+    def masked(self, stretch: _Stretch, block, scores):
+        """-inf where a token's query does not see a slot: in a row's last blocks."""
+        s, length = self.sizes, stretch.length
+        shortest = length - s.T + 1
+
+        def mask(scores):
+            query, slot = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=MATRIX)
+                for axis in (0, 1)
+            )
+            seen = shortest
+            if s.T > 1:  # rows of the tile that are not there see no more than others
+                token = lax.div(query + self.tile * s.rows, jnp.int32(s.N))
+                seen = jnp.minimum(shortest + token, length)
+            return jnp.where(slot + block * BLOCK < seen, scores, -jnp.inf)
+
+        some = (block + 1) * BLOCK > shortest
+        return lax.cond(some, mask, lambda scores: scores, scores)
+
+    def publish(self, step) -> None:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.shared.weights_full.at[lax.rem(step, 2)])
+
+    def finish(self, stretch: _Stretch, state) -> None:
+        """Writes log-sum-exps, and what to multiply the sums with in the end."""
+        highest, total = state
+        total = total.sum(axis=1)
+        some = total > 0
+        inverse = jnp.where(some, 1 / total, jnp.zeros_like(total))
+        self.shared.factors[2 + lax.rem(stretch.end - 1, 2)] = inverse
+        lse = (highest + jnp.log2(total)) / LOG2E
+        lse = jnp.where(some, lse, jnp.full_like(total, -jnp.inf))
+
+        @pl.when(stretch.whole)
+        def _():
+            self.lse[stretch.row, self.tile] = lse
+
+        @pl.when(~stretch.whole)
+        def _():
+            self.lses[self.place(stretch)] = lse
+
+    # --- values
+
+    def values(self, half: int) -> None:
+        _take_registers("values")
+        self.stretches(functools.partial(self.add_stretch, half))
+        plgpu.wait_smem_to_gmem(0)
+
+    def add_stretch(self, half: int, stretch: _Stretch) -> None:
+        shared, step = self.shared, stretch.end - 1
+        add = functools.partial(self.add_block, half, stretch)
+        acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), MATRIX)
+        acc = lax.fori_loop(stretch.done, stretch.end, add, acc)
+        at = lax.rem(step, 2)
+        inverse = plgpu.load(shared.factors.at[2 + at], (), layout=COLUMN)
+        plgpu.barrier_arrive(shared.weights_free.at[at])
+        acc = acc * _rows(inverse, acc)
+
+        @pl.when(stretch.whole)
+        def _():
+            self.store(half, stretch, acc)
+
+        @pl.when(~stretch.whole)
+        def _():
+            slot, tile = self.place(stretch)
+            self.sums[slot, tile, :, pl.ds(half * HALF, HALF)] = acc
+
+        for quarter in range(2):
+            plgpu.barrier_arrive(shared.free.at[_quarter(step, half, quarter)])
+
+    def add_block(self, half: int, stretch: _Stretch, step, acc):
+        shared, at, more = self.shared, lax.rem(step, 2), step + 1 < stretch.end
+        numbers = [_quarter(step, half, quarter) for quarter in range(2)]
+        latents = shared.latents.at[lax.rem(step, SLOTS), half]
+        for number in numbers:
+            plgpu.barrier_wait(shared.full.at[number])
+        plgpu.barrier_wait(shared.weights_full.at[at])
+        # Slots that the row has in its last block: others may hold NaNs.
+        left = stretch.length - (stretch.last - 1) * BLOCK
+        pl.when(~more & (left < BLOCK))(lambda: _zero_behind(latents, left))
+        factor = plgpu.load(shared.factors.at[at], (), layout=COLUMN)
+        acc = lax.cond(
+            _any_below_one(factor) > 0,
+            lambda acc: acc * _rows(factor, acc),
+            lambda acc: acc,
+            acc,
+        )
+        if half == 1:
+            plgpu.barrier_wait(shared.turn.at[at])
+
+        def multiply(acc):
+            for quarter in range(2):
+                columns = pl.ds(quarter * QUARTER, QUARTER)
+                plgpu.wgmma(
+                    acc.at[:, columns], shared.weights.at[at], latents.at[quarter]
+                )
+            plgpu.wgmma_wait(1)
+            if half == 0:
+                plgpu.barrier_arrive(shared.turn.at[at])
+            pl.when(more)(lambda: plgpu.barrier_arrive(shared.free.at[numbers[0]]))
+
+        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+        @pl.when(more)
+        def _():
+            plgpu.barrier_arrive(shared.weights_free.at[at])
+            plgpu.barrier_arrive(shared.free.at[numbers[1]])
+
+        return acc
+
+    def store(self, half: int, stretch: _Stretch, acc) -> None:
+        """Through the place of the last block, which is free after that."""
+        latents = self.shared.latents.at[lax.rem(stretch.end - 1, SLOTS), half]
+        plgpu.commit_smem()  # all warps have multiplied
+        for quarter in range(2):
+            columns = slice(quarter * QUARTER, (quarter + 1) * QUARTER)
+            latents[quarter] = acc[:, columns].astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        for quarter in range(2):
+            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+            plgpu.copy_smem_to_gmem(
+                latents.at[(quarter, *self.there)],
+                self.out.at[stretch.row, self.queries, columns],
+            )
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _take_registers(role: str) -> None:
+    """Of the 128 that each lane of 512 begins with."""
+    count = REGISTERS[role]
+    action = "increase" if count > 128 else "decrease"
+    plgpu.set_max_registers(count, action=action)
+
+
+def _quarter(step, half: int, quarter: int):
+    """The number of the barriers of a quarter of a block's latents."""
+    return 4 * lax.rem(step, SLOTS) + 2 * half + quarter
+
+
+def _rows(column, like):
+    return lax.broadcast_in_dim(column, like.shape, [0])
+
+
+def _zero_behind(latents, left) -> None:
+    """Zeros in the slots from `left` on of two quarters."""
+    for quarter in range(2):
+        for column in range(0, QUARTER, 64):
+            values = latents.at[quarter, :, pl.ds(column, 64)]
+            found = plgpu.load(values, (), layout=MATRIX)
+            slot = plgpu.broadcasted_iota(jnp.int32, found.shape, 0, layout=MATRIX)
+            found = jnp.where(slot < left, found, jnp.zeros_like(found))
+            plgpu.commit_smem()  # all warps have read
+            values[...] = found
+    plgpu.commit_smem()
+
+
+@plgpu.inline_mgpu(
+    arg_types=(COLUMN,),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+)
+def _any_below_one(_, factors) -> mgpu.FragmentedArray:
+    """Whether a factor of one of a warp's own rows is."""
+    i1, i32 = ir.IntegerType.get_signless(1), ir.IntegerType.get_signless(32)
+    lowest = functools.reduce(arith.minimumf, factors.registers.flat)
+    if isinstance(lowest.type, ir.VectorType):
+        lowest = vector.extract(lowest, dynamic_position=[], static_position=[0])
+    one = arith.constant(lowest.type, ir.FloatAttr.get(lowest.type, 1.0))
+    below = arith.cmpf(arith.CmpFPredicate.OLT, lowest, one)
+    vote = "vote.sync.any.pred $0, $1, 0xffffffff;"
+    below = llvm.inline_asm(i1, [below], vote, "=b,b", has_side_effects=True)
+    return mgpu.FragmentedArray.splat(arith.extui(i32, below), (), is_signed=True)
