@@ -16,17 +16,22 @@ _reference_only = jax.make_user_context(default_value=False)
 @contextlib.contextmanager
 def reference_only(yes: bool = True) -> Iterator[None]:
     """What is traced inside is plain JAX, wherever no implementation is named: to see
-    what the kernels are worth, or whether they are to blame. Part of what `jax.jit`
-    caches by.
+    what the kernels are worth, or whether they are to blame. Grouped products are then
+    what XLA has for them on the platform. Part of what `jax.jit` caches by.
     """
     with _reference_only(yes):
         yield
 
 
-def named(implementation: str | None, reference: str = "reference") -> str | None:
-    """The implementation a caller named, else the `reference` if that is asked for."""
-    if implementation is None and _reference_only.value:
-        return reference
+def without_kernels() -> bool:
+    """Whether that is asked for."""
+    return _reference_only.value
+
+
+def named(implementation: str | None) -> str | None:
+    """The implementation a caller named, else the reference if that is asked for."""
+    if implementation is None and without_kernels():
+        return "reference"
     return implementation
 
 

@@ -2,303 +2,55 @@
 
 One kernel, dense and grouped. A block of the grid stays and takes one tile of the output
 after the other: one warpgroup copies to a ring of buffers in shared memory, across the
-end of a tile, and two multiply, 64 rows each. Every 128 of the inner axis the tensor
-cores start from zero; what they give, 128 columns at a time, is scaled and added to a
-float32 sum in registers, by one warpgroup while the other's products run.
+end of a tile, and two multiply, 64 rows each. For every 128 of the inner axis the matrix
+unit starts from zero, 128 columns at a time. What it gives is scaled and added to float32
+sums in registers by one warpgroup while products of the other run. Where rows are many,
+two blocks share what they read of the weights.
 
-Letters: M rows, K inner, N outer, G groups.
+Letters: M rows, K inner, N outer, G groups; k, n blocks of 128.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
-SMS = 132  # of an H100 or H200
-BLOCK = 128  # of a scale, either way; also bytes of a swizzled row
-BAND = 8  # columns of tiles that are walked together
-SWIZZLE = plgpu.SwizzleTransform(128)
-TILED = (plgpu.TilingTransform((8, BLOCK)), SWIZZLE)
-ROWS = plgpu.Layout.WGMMA.reduce(1)
+from pallas_kernels.fp8_matmul.quantize import BLOCK
+from pallas_kernels.grouped_matmul.tiles_gpu import (
+    SMS,
+    Schedule,
+    place,
+    schedule,
+    tile_count,
+    walk,
+)
 
-
-class Tiles(NamedTuple):
-    """Sizes of a tile and how many steps of copies are in flight."""
-
-    columns: int = 256
-    stages: int = 4
-    cluster: int = 1  # blocks that share what they read of w
-    rows: int = 128
-
-
-class Schedule(NamedTuple):
-    """Of every tile of rows: its group, first row, and how many rows are the group's."""
-
-    group: Array
-    start: Array
-    count: Array
-    tiles: Array  # [1]: how many there are
-
-
-def _schedule(sizes: Array, rows: int, tall: int) -> Schedule:
-    """Tiles in the order of rows; those of the surplus, group G, come last."""
-    groups = sizes.shape[0]
-    index = jnp.arange(groups)
-    sizes = sizes.astype(jnp.int32)
-    before = index[:, None] >= index
-    ends = jnp.where(before, sizes, 0).sum(1)
-    tile_ends = jnp.where(before, -(-sizes // tall), 0).sum(1)
-    number = jnp.arange(rows // tall + groups + 1)[:, None]
-    past = tile_ends <= number
-    group = past.sum(1)
-    first = jnp.where(past, tile_ends, 0).max(1)
-    begin = jnp.where(past, ends, 0).max(1)
-    end = jnp.where(past, rows, ends).min(1)
-    start = begin + (number[:, 0] - first) * tall
-    count = jnp.clip(end - start, 0, tall)
-    tiles = tile_ends[-1:] - (-(rows - ends[-1]) // tall)
-    return Schedule(*(a.astype(jnp.int32) for a in (group, start, count, tiles)))
-
-
-def product(x, sx, w, sw, sizes, *, dtype, tiles: Tiles = Tiles()) -> Array:
-    """Row m of group g is sum over k of x[m, k] sx[m, k/128] w[g, n, k] sw[g, n/128, k/128]."""
-    (M, K), (G, N, _) = x.shape, w.shape
-    parts, steps = tiles.columns // BLOCK, pl.cdiv(K, BLOCK)
-    across = pl.cdiv(N, tiles.columns)
-    stages, blocks = tiles.stages, SMS // tiles.cluster
-    schedule = _schedule(sizes, M, tiles.rows * tiles.cluster)
-    shared = "cluster" if tiles.cluster > 1 else None
-    chunk = 128 // jnp.dtype(dtype).itemsize
-    sx = jnp.pad(sx, ((0, tiles.rows * tiles.cluster), (0, 0)))
-    bands_n = sw.shape[1]
-
-    def kernel(
-        group_ref, start_ref, count_ref, tiles_ref, x_ref, sx_ref, w_ref, sw_ref, y_ref
-    ):
-        def scope(x_views, w_in, out_views, full, more, free):
-            (x_in, x_landing), (out, out_leaving) = x_views, out_views
-            warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("sm")
-            member = lax.axis_index("cluster") if shared else 0
-            rows_of_tiles = tiles_ref[0]
-            mine = lax.div(rows_of_tiles * across - block + blocks - 1, blocks)
-
-            def place(i):
-                index, column = _walk(block + i * blocks, rows_of_tiles, across)
-                group = group_ref[index]
-                above = member * tiles.rows
-                return (
-                    group,
-                    start_ref[index] + above,
-                    jnp.clip(count_ref[index] - above, 0, tiles.rows),
-                    column * tiles.columns,
-                    jnp.where(group < G, steps, 0),
-                )
-
-            def copy_tile(i, step):
-                group, start, _, column, todo = place(i)
-
-                def load(k, step):
-                    slot = lax.rem(step, stages)
-
-                    @pl.when(step >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[slot])
-
-                    k = pl.ds(k * BLOCK, BLOCK)
-                    plgpu.copy_gmem_to_smem(
-                        x_ref.at[pl.ds(start, tiles.rows), k],
-                        x_landing.at[slot],
-                        full.at[slot],
-                    )
-                    for p in range(parts):
-                        plgpu.copy_gmem_to_smem(
-                            w_ref.at[group, pl.ds(column + p * BLOCK, BLOCK), k],
-                            w_in.at[slot, pl.ds(p * BLOCK, BLOCK)],
-                            (more if p else full).at[slot],
-                            collective_axes=shared,
-                        )
-                    return step + 1
-
-                return lax.fori_loop(0, todo, load, step)
-
-            def multiply_tile(i, step):
-                group, start, count, column, todo = place(i)
-                above = warpgroup * 64
-                first = lax.div(column, BLOCK)
-
-                def scales(k):
-                    k = jnp.minimum(k, steps - 1)
-                    here = pl.ds(start + above, 64)
-                    rows = plgpu.load(
-                        sx_ref.at[here, k], (), layout=ROWS, optimized=False
-                    )
-                    at = jnp.minimum(group, G - 1)
-                    return rows, [
-                        sw_ref[at, jnp.minimum(first + p, bands_n - 1), k]
-                        for p in range(parts)
-                    ]
-
-                def add(k, carry):
-                    step, sums, (x_scale, w_scales) = carry
-                    slot = lax.rem(step, stages)
-                    after = scales(k + 1)
-                    plgpu.barrier_wait(full.at[slot])
-                    x_tile, added = x_in.at[slot, pl.ds(above, 64)], []
-                    for p in range(parts):
-                        if p:
-                            plgpu.barrier_wait(more.at[slot])
-
-                        def multiply(
-                            acc, w_tile=w_in.at[slot, pl.ds(p * BLOCK, BLOCK)]
-                        ):
-                            plgpu.wgmma(acc, x_tile, w_tile.T)
-                            return acc[...]
-
-                        part = pl.run_scoped(
-                            multiply, plgpu.ACC((64, BLOCK), jnp.float32)
-                        )
-                        if p == parts - 1:
-                            plgpu.barrier_arrive(free.at[slot])
-                        scale = lax.broadcast_in_dim(
-                            x_scale * w_scales[p], part.shape, [0]
-                        )
-                        added.append(sums[p] + part * scale)
-                    return step + 1, added, after
-
-                zeros = plgpu.layout_cast(
-                    jnp.zeros((64, BLOCK), jnp.float32), plgpu.Layout.WGMMA
-                )
-                step, sums, _ = lax.fori_loop(
-                    0, todo, add, (step, [zeros] * parts, scales(0))
-                )
-                store(sums, start + above, jnp.clip(count - above, 0, 64), column)
-                return step
-
-            def store(sums, start, count, column):
-                for c in range(0, tiles.columns, chunk):
-                    slot = c // chunk % 2
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    within = c % BLOCK
-                    out[warpgroup, slot] = sums[c // BLOCK][
-                        :, within : within + chunk
-                    ].astype(dtype)
-                    plgpu.commit_smem()
-                    _store_rows(
-                        out_leaving.at[warpgroup, slot],
-                        y_ref.at[:, pl.ds(column + c, chunk)],
-                        start,
-                        count,
-                    )
-                    plgpu.commit_smem_to_gmem_group()
-
-            @pl.when(warpgroup == 2)
-            def _():
-                plgpu.set_max_registers(24, action="decrease")
-                last = lax.fori_loop(0, mine, copy_tile, 0)
-                if shared:  # the others may still send to this block
-
-                    @pl.loop(jnp.maximum(last - stages, 0), last)
-                    def _(step):
-                        plgpu.barrier_wait(free.at[lax.rem(step, stages)])
-
-            @pl.when(warpgroup < 2)
-            def _():
-                plgpu.set_max_registers(240, action="increase")
-                lax.fori_loop(0, mine, multiply_tile, 0)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        free = (
-            functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
-            if shared
-            else plgpu.Barrier
-        )
-        pl.run_scoped(
-            scope,
-            _two_views((stages, tiles.rows, BLOCK), x.dtype),
-            plgpu.SMEM((stages, tiles.columns, BLOCK), w.dtype, transforms=TILED),
-            _two_views((2, 2, 64, chunk), jnp.dtype(dtype)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
-            free(num_arrivals=2, num_barriers=stages),
-            collective_axes="warpgroup",
-        )
-
-    in_cluster = (
-        {"cluster": (tiles.cluster,), "cluster_names": ("cluster",)} if shared else {}
-    )
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((M, N), dtype),
-        grid=(blocks,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="warpgroup",
-        **in_cluster,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )(*schedule, x, sx, w, sw)
-
-
-def _two_views(shape, dtype):
-    """One piece of shared memory, seen as matrix units do and as copies do. Both lie
-    the same, but copies of the first must start at every eighth row of an array.
-    """
-    tiled = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=(tiled, SWIZZLE)),
-        plgpu.SMEM(shape, dtype, transforms=(SWIZZLE,)),
-    )
-
-
-def _store_rows(tile, y_ref, start, count) -> None:
-    """Writes the first `count` rows of a tile from row `start` on, without waiting: as
-    one copy, or in runs of powers of two, since a copy's size is fixed.
-    """
-    tall = tile.shape[0]
-
-    @pl.when(count == tall)
-    def _():
-        plgpu.copy_smem_to_gmem(tile, y_ref.at[pl.ds(start, tall)], commit_group=False)
-
-    @pl.when(count < tall)
-    def _():
-        run = tall // 2
-        while run:
-            done = count & ~(2 * run - 1)
-
-            @pl.when((count & run) != 0)
-            def _(run=run, done=done):
-                plgpu.copy_smem_to_gmem(
-                    tile.at[pl.ds(done, run)],
-                    y_ref.at[pl.ds(start + done, run)],
-                    commit_group=False,
-                )
-
-            run //= 2
-
-
-def _walk(index, rows, across: int):
-    """The tile at a place of the walk: BAND columns of tiles at a time, row by row."""
-    if across <= BAND:
-        return lax.div(index, across), lax.rem(index, across)
-    band = lax.div(index, rows * BAND)
-    index = index - band * rows * BAND
-    width = jnp.minimum(BAND, across - band * BAND)
-    return lax.div(index, width), band * BAND + lax.rem(index, width)
+ROWS, COLUMNS = 128, 256  # of a block's tile
+HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
+PARTS = COLUMNS // BLOCK
+STAGES = 4  # buffers of operands: a power of two
+TOGETHER = 4  # steps whose scales are copied at once: a line of 16 bytes, the least
+BUFFERS = 4  # of scales: enough even if each is for one step only
+W_ROWS = 8  # rows of w_scale in a copy, which is to have 128 bytes
+BAND = 16  # columns of tiles that are walked together
+LINE = 128  # bytes of a row of a swizzled buffer
+FEWEST = 128  # rows, columns and inner size that copies need
+ALIGN = 16  # bytes that rows of arrays are multiples of
+MANY_ROWS = 1024  # of a group, from where two blocks share its weights
 
 
 def lacks(x: Array, w: Array) -> str:
     """What keeps the kernel from these operands; empty where nothing does."""
-    _, K = x.shape
-    N = w.shape[-2]
-    if N < BLOCK or K < BLOCK or N % 16 or K % 16:
-        return "takes K and N of at least 128 that 16 divides"
+    N, K = w.shape[-2:]
+    if N < FEWEST or K < FEWEST or N % ALIGN or K % ALIGN:
+        return f"takes N and K of at least {FEWEST} that {ALIGN} divides"
     if jax.default_backend() == "gpu":
         capability = jax.devices()[0].compute_capability
         if not capability.startswith("9."):
@@ -306,15 +58,347 @@ def lacks(x: Array, w: Array) -> str:
     return ""
 
 
-def dense(x_MK, x_scale_Mk, w_NK, w_scale_nk, *, dtype):
-    sizes = jnp.asarray([x_MK.shape[0]])
-    return grouped(x_MK, x_scale_Mk, w_NK[None], w_scale_nk[None], sizes, dtype=dtype)
+def dense(
+    x_MK: Float[Array, "M K"],
+    x_scale_Mk: Float[Array, "M k"],
+    w_NK: Float[Array, "N K"],
+    w_scale_nk: Float[Array, "n k"],
+    *,
+    dtype: DTypeLike,
+) -> Float[Array, "M N"]:
+    """(x scaled) @ (w scaled).T; see `pallas_kernels.fp8_matmul.api`."""
+    return _product(x_MK, x_scale_Mk, w_NK[None], w_scale_nk[None], None, dtype)
 
 
-def grouped(x_MK, x_scale_Mk, w_GNK, w_scale_Gnk, sizes_G, *, dtype):
-    rows = x_MK.shape[0]
-    if rows < 128:
-        x_MK, x_scale_Mk = (
-            jnp.pad(a, ((0, 128 - rows), (0, 0))) for a in (x_MK, x_scale_Mk)
+def grouped(
+    x_MK: Float[Array, "M K"],
+    x_scale_Mk: Float[Array, "M k"],
+    w_GNK: Float[Array, "G N K"],
+    w_scale_Gnk: Float[Array, "G n k"],
+    sizes_G: Int[Array, " G"],
+    *,
+    dtype: DTypeLike,
+) -> Float[Array, "M N"]:
+    """Row m of group g times w[g].T; see `pallas_kernels.fp8_matmul.api`."""
+    return _product(x_MK, x_scale_Mk, w_GNK, w_scale_Gnk, sizes_G, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a kernel is to do."""
+
+    M: int
+    N: int
+    K: int
+    groups: int
+    dtype: Any  # of the result
+    pair: bool  # two blocks, one below the other, share w
+
+    @property
+    def steps(self) -> int:
+        return pl.cdiv(self.K, BLOCK)
+
+    @property
+    def blocks(self) -> int:
+        """Of a cluster."""
+        return 2 if self.pair else 1
+
+    @property
+    def rows(self) -> int:
+        """Of a cluster's tile."""
+        return ROWS * self.blocks
+
+    @property
+    def across(self) -> int:
+        return pl.cdiv(self.N, COLUMNS)
+
+    @property
+    def chunk(self) -> int:
+        """Columns that are stored at once."""
+        return LINE // jnp.dtype(self.dtype).itemsize
+
+
+def _product(x, x_scale, w, w_scale, sizes, dtype, pair: bool | None = None) -> Array:
+    """Grouped; without sizes all rows are the only group's."""
+    rows = x.shape[0]
+    x, x_scale = _padded(x, FEWEST, 1), _padded(x_scale, FEWEST, TOGETHER)
+    w_scale = _padded(w_scale, W_ROWS, TOGETHER)
+    (M, K), (G, N, _) = x.shape, w.shape
+    if pair is None:
+        pair = M > ROWS if sizes is None else M >= MANY_ROWS * G
+    plan = _Plan(M, N, K, G, jnp.dtype(dtype), pair)
+    tiles = () if sizes is None else schedule(sizes, M, plan.rows)
+    empty = plgpu.Barrier
+    if pair:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
+
+    def kernel(*refs):
+        *refs, y = refs
+
+        def scope(*buffers):
+            _run(_Block(plan, refs[:-4], *refs[-4:], y, *buffers))
+
+        pl.run_scoped(
+            scope,
+            _two_views((STAGES, ROWS, BLOCK), x.dtype),
+            _two_views((STAGES, COLUMNS, BLOCK), w.dtype),
+            plgpu.SMEM((BUFFERS, ROWS, TOGETHER), jnp.float32),
+            plgpu.SMEM((BUFFERS, W_ROWS, TOGETHER), jnp.float32),
+            _two_views((2, HALF, plan.chunk), plan.dtype),
+            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=PARTS - 1, num_barriers=STAGES),
+            empty(num_arrivals=2, num_barriers=STAGES),
+            collective_axes="warpgroup",
         )
-    return product(x_MK, x_scale_Mk, w_GNK, w_scale_Gnk, sizes_G, dtype=dtype)[:rows]
+
+    y = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((M, N), plan.dtype),
+        grid=(SMS // plan.blocks,),
+        grid_names=("cluster",),
+        cluster=(plan.blocks,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )(*tiles, x, x_scale, w, w_scale)
+    return y[:rows]
+
+
+def _padded(a: Array, least: int, multiple: int) -> Array:
+    """With zeros up to the `least` rows and a multiple of columns; seldom a copy."""
+    rows, columns = a.shape[-2:]
+    more = max(least - rows, 0), -columns % multiple
+    if not any(more):
+        return a
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size) for size in more])
+
+
+def _two_views(shape: tuple[int, ...], dtype):
+    """One piece of shared memory, seen as matrix units do and as copies do. Both lie
+    the same, but copies of the first must start at every eighth row of an array.
+    """
+    tiling = plgpu.TilingTransform((8, LINE // jnp.dtype(dtype).itemsize))
+    swizzle = plgpu.SwizzleTransform(LINE)
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle)),
+        plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
+    )
+
+
+class _Block:
+    """One block of the grid. Steps count on from tile to tile."""
+
+    def __init__(self, plan: _Plan, tiles, *refs):
+        self.plan = plan
+        # Asked for here, once: in the loop over steps it would take a sixth of the rate.
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.above = lax.axis_index("pair") * ROWS
+        self.mine = pl.ds(self.warpgroup * HALF, HALF)
+        self.x, self.x_scale, self.w, self.w_scale, self.y, *buffers = refs
+        x_in, w_in, self.x_scale_in, self.w_scale_in, out, *barriers = buffers
+        (self.x_in, self.x_landing), (self.w_in, self.w_landing) = x_in, w_in
+        self.out, self.leaving = out
+        # Full: of x, the first part of w and scales; of the other parts; free again.
+        self.full, self.rest, self.free = barriers
+        self.schedule = Schedule(*tiles) if tiles else None
+        self.down = pl.cdiv(plan.M, plan.rows)
+        if tiles:
+            self.down = tile_count(self.schedule, plan.M, plan.rows)
+
+    def place(self, index):
+        """Group, first row, rows of the group, first column, and how many steps: none
+        for surplus rows, which so get zeros.
+        """
+        plan = self.plan
+        number, column = walk(index, self.down, plan.across, BAND)
+        if self.schedule is None:
+            start = number * plan.rows
+            group, count, steps = 0, jnp.minimum(plan.M - start, plan.rows), plan.steps
+        else:
+            group, start, count = place(self.schedule, number, plan.rows)
+            steps = jnp.where(group < plan.groups, plan.steps, 0)
+        count = jnp.clip(count - self.above, 0, ROWS)
+        return group, start + self.above, count, column * COLUMNS, steps
+
+    def scales(self, tile, k):
+        """The buffer of the scales of a step, and which of them. `tile` counts those
+        that have steps: buffers are to be used in turn.
+        """
+        buffers = tile * pl.cdiv(self.plan.steps, TOGETHER) + lax.div(k, TOGETHER)
+        return buffers & (BUFFERS - 1), k & (TOGETHER - 1)
+
+    def copy_tile(self, tile, index, step):
+        """Copies in what a tile needs; returns the step after."""
+        group, start, _, column, steps = self.place(index)
+        rows, shared = pl.ds(start, ROWS), ("pair",) if self.plan.pair else None
+
+        def load(k, step):
+            slot = step & (STAGES - 1)
+            full = self.full.at[slot]
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(self.free.at[slot])
+
+            inner = pl.ds(k * BLOCK, BLOCK)
+            x = self.x.at[rows, inner]
+            plgpu.copy_gmem_to_smem(x, self.x_landing.at[slot], full)
+            for part in range(PARTS):
+                here = pl.ds(part * BLOCK, BLOCK)
+                plgpu.copy_gmem_to_smem(
+                    self.w.at[group, pl.ds(column + part * BLOCK, BLOCK), inner],
+                    self.w_landing.at[slot, here],
+                    self.rest.at[slot] if part else full,
+                    collective_axes=shared,
+                )
+                if part == 0:
+                    self.copy_scales(tile, k, group, rows, column, full)
+            return step + 1
+
+        return lax.fori_loop(0, steps, load, step)
+
+    def copy_scales(self, tile, k, group, rows, column, full) -> None:
+        """Copies in the scales of several steps with the first of them."""
+        buffer, first = self.scales(tile, k)
+
+        @pl.when(first == 0)
+        def _():
+            inner = pl.ds(pl.multiple_of(k, TOGETHER), TOGETHER)
+            x_scale = self.x_scale.at[rows, inner]
+            plgpu.copy_gmem_to_smem(x_scale, self.x_scale_in.at[buffer], full)
+            w_scale = self.w_scale.at[
+                group, pl.ds(lax.div(column, BLOCK), W_ROWS), inner
+            ]
+            plgpu.copy_gmem_to_smem(w_scale, self.w_scale_in.at[buffer], full)
+
+        @pl.when(first > 0)
+        def _():
+            plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)
+
+    def multiply_tile(self, tile, index, step):
+        """Makes a tile of what is copied in; returns the step after."""
+        _, start, count, column, steps = self.place(index)
+        above = self.warpgroup * HALF
+
+        def add(k, carry):
+            step, sums = carry
+            return step + 1, self.add_products(tile, k, step & (STAGES - 1), sums)
+
+        layout = plgpu.Layout.WGMMA
+        zeros = plgpu.layout_cast(jnp.zeros((HALF, BLOCK), jnp.float32), layout)
+        step, sums = lax.fori_loop(0, steps, add, (step, [zeros] * PARTS))
+        self.store(sums, start + above, jnp.clip(count - above, 0, HALF), column)
+        return step
+
+    def add_products(self, tile, k, slot, sums):
+        """The sums of a warpgroup's rows with the products of one step added."""
+        plgpu.barrier_wait(self.full.at[slot])
+        buffer, number = self.scales(tile, k)
+        added = []
+        for part, total in enumerate(sums):
+            if part:
+                # Waiting here also keeps the compiler from starting the next product
+                # in further registers before the last one is added: they would spill.
+                plgpu.barrier_wait(self.rest.at[slot])
+
+            def multiply(acc, part=part):
+                w = self.w_in.at[slot, pl.ds(part * BLOCK, BLOCK)]
+                plgpu.wgmma(acc, self.x_in.at[slot, self.mine], w.T)
+                # Loaded while that runs: what a step does before it sets the rate.
+                scale = self.row_scales(buffer, number)
+                scale *= self.w_scale_in[buffer, part, number]
+                return acc[...], scale
+
+            acc = plgpu.ACC(total.shape, jnp.float32)
+            product, scale = pl.run_scoped(multiply, acc)
+            if part == PARTS - 1:
+                plgpu.barrier_arrive(self.free.at[slot])
+            added.append(
+                total + product * lax.broadcast_in_dim(scale, total.shape, [0])
+            )
+        return added
+
+    def row_scales(self, buffer, number):
+        """Those of a warpgroup's rows for one step."""
+        return plgpu.load(
+            self.x_scale_in.at[buffer, self.mine, number],
+            (),
+            layout=plgpu.Layout.WGMMA.reduce(1),
+            optimized=False,
+        )
+
+    def store(self, sums, start, count, column) -> None:
+        """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
+        plan, warpgroup = self.plan, self.warpgroup
+        for first in range(0, COLUMNS, plan.chunk):
+            part, within = divmod(first, BLOCK)
+            chunk = sums[part][:, within : within + plan.chunk]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.out[warpgroup] = chunk.astype(plan.dtype)
+            plgpu.commit_smem()
+            columns = pl.ds(column + first, plan.chunk)
+            _copy_rows(self.leaving.at[warpgroup], self.y.at[:, columns], start, count)
+            plgpu.commit_smem_to_gmem_group()
+
+    def drain(self, steps) -> None:
+        """Waits until all buffers that were filled are empty."""
+
+        def one(step, _):
+            plgpu.barrier_wait(self.free.at[step & (STAGES - 1)])
+
+        lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, one, None)
+
+
+def _run(block: _Block) -> None:
+    """What the three warpgroups of a block do."""
+    plan, warpgroup = block.plan, block.warpgroup
+    cluster, clusters = lax.axis_index("cluster"), SMS // plan.blocks
+    tiles = lax.div(block.down * plan.across - cluster + clusters - 1, clusters)
+
+    def each(one_tile):
+        def one(number, carry):
+            tile, step = carry
+            after = one_tile(tile, cluster + number * clusters, step)
+            return tile + (after > step).astype(jnp.int32), after
+
+        return lax.fori_loop(0, tiles, one, (0, 0))[1]
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        steps = each(block.copy_tile)
+        if plan.pair:  # neither may end while the other's signals are on their way
+            block.drain(steps)
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        each(block.multiply_tile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _copy_rows(tile, y, start, count) -> None:
+    """Copies the first `count` rows of a tile to rows from `start` on: at once, or in
+    runs of powers of two, since the size of a copy is fixed when it is compiled.
+    """
+    tall = tile.shape[0]
+
+    def copy(first, rows: int):
+        here = y.at[pl.ds(start + first, rows)]
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(first, rows)], here, commit_group=False)
+
+    @pl.when(count == tall)
+    def _():
+        copy(0, tall)
+
+    @pl.when(count < tall)
+    def _():
+        run = tall // 2
+        while run:
+            copy_run = functools.partial(copy, count & ~(2 * run - 1), run)
+            pl.when((count & run) != 0)(copy_run)
+            run //= 2

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import named
 from pallas_kernels.grouped_matmul.implementations import (
     IMPLEMENTATIONS,
     combine,
@@ -43,7 +42,7 @@ def grouped_matmul(
     gradient stays as it was summed up, in float32.
 
     With `layer`, `w` is [Y, G, N, K], the weights of all layers, of which that one is
-    used; on a TPU no copy of it is made. A layer outside is clipped to the first or last.
+    used; kernels make no copy of it. A layer outside is clipped to the first or last.
     Meant for inference: the gradient of the stack is as large as the stack, mostly zeros.
 
     `implementation`: "tpu" is a kernel for TPUs, bfloat16 or float32, N and K that 128
@@ -61,7 +60,7 @@ def grouped_matmul(
         ValueError: shapes or dtypes do not fit, or the implementation is unknown.
         NotImplementedError: "tpu" or "hopper" was named and does not take these operands.
     """
-    w, implementation = _of(w_GNK, layer), named(implementation, "blocked")
+    w = _of(w_GNK, layer)
     expected_rows = _check(x_MK, w, sizes_G, implementation, expected_rows)
     sizes_G = _within(sizes_G, x_MK.shape[0])
     return _product(x_MK, w, sizes_G, implementation, expected_rows)
@@ -92,7 +91,6 @@ def grouped_swiglu(
     are read again for the result, and once more where it is not kept.
     """
     gate, up = _of(gate_GFD, layer), _of(up_GFD, layer)
-    implementation = named(implementation, "blocked")
     expected_rows = _check(x_MD, gate, sizes_G, implementation, expected_rows)
     if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
         raise ValueError(

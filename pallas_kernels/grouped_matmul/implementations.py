@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import note_choice
+from pallas_kernels.dispatch import note_choice, without_kernels
 from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference
 from pallas_kernels.grouped_matmul.layers import Matrices, apart
 from pallas_kernels.grouped_matmul.padded import fits, padded
@@ -45,19 +45,21 @@ def dispatch(
     **options,
 ):
     """Runs an operation of the implementation named, or of the one for the platform that
-    is compiled for: a process without that platform may do so, too. Only the TPU's
-    kernels read a layer's matrices out of the stack.
+    is compiled for: a process without that platform may do so, too. Only the kernels
+    read a layer's matrices out of the stack.
     """
 
     def run(name: str) -> Callable:
         call = functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
-        return call if name == "tpu" else lambda *operands: call(*map(apart, operands))
+        reads = name in ("tpu", "hopper")
+        return call if reads else lambda *operands: call(*map(apart, operands))
 
     if implementation is not None:
         return run(implementation)(*operands)
+    asked = "is not asked for" if without_kernels() else ""
     lacking = {
-        "tpu": tpu_lacks(x.shape[0], w.shape, x.dtype),
-        "cuda": gpu_lacks(x.shape[0], w.shape, x.dtype),
+        "tpu": asked or tpu_lacks(x.shape[0], w.shape, x.dtype),
+        "cuda": asked or gpu_lacks(x.shape[0], w.shape, x.dtype),
     }
     note_choice("grouped_matmul", KERNELS, lacking)
     copies = "padded" if fits(x.shape[0], w) else "blocked"

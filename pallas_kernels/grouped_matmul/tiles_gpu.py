@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 SMS = 132  # of an H100 or H200: blocks of the grid
+SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
 
 
@@ -24,7 +25,7 @@ class Tiles(NamedTuple):
     stages: int = 4  # buffers of operands
     leaving: int = 2  # buffers of results, a warpgroup
     band: int = 8  # columns of tiles that are walked together
-    pair: str = ""  # what a cluster of two blocks splits: "rows", "columns" or nothing
+    pair: bool = False  # two blocks of a cluster share a matrix, each has its own rows
 
     @property
     def blocks(self) -> int:
@@ -34,7 +35,7 @@ class Tiles(NamedTuple):
     @property
     def all_rows(self) -> int:
         """Of a cluster's tile."""
-        return self.rows * (2 if self.pair == "rows" else 1)
+        return self.rows * self.blocks
 
     @property
     def half(self) -> int:
@@ -62,21 +63,28 @@ def _is_hopper() -> bool:
     return jax.devices()[0].compute_capability.startswith("9.")
 
 
-def row_tiles(outer: int, *, turned: bool, apart: int = 1) -> Tiles:
+def row_tiles(
+    rows: int, groups: int, outer: int, *, turned: bool, parts: int = 1
+) -> Tiles:
     """For products of rows: those that multiply the fewest columns in vain. Matrices
     whose columns are contiguous (not `turned`) come in whole lines.
+
+    Two blocks read a matrix together where groups are so small that reading is all, or
+    so large that few tiles are not full; where they are small, all columns of a row of
+    tiles at once, too.
     """
-    unit = 32 if turned else LINE
-    candidates = [Tiles(128, 256), Tiles(256, 128)]
-    if turned:
-        candidates.insert(1, Tiles(128, 224))
-    wide = [t for t in candidates if t.columns // apart % unit == 0]
+    candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
+    unit = LINE // 2 if turned else LINE
+    whole = [t for t in candidates if t.columns // parts % unit == 0]
 
     def multiplied(tiles: Tiles) -> int:
-        width = tiles.columns // apart
+        width = tiles.columns // parts
         return pl.cdiv(outer, width) * width
 
-    return min(wide, key=multiplied)
+    best = min(whole, key=multiplied)
+    small, large = rows < SMALL * groups, rows >= LARGE * groups
+    pair = best.rows == 128 and (small or large)
+    return best._replace(pair=pair, band=32 if small else 8)
 
 
 def weight_tiles(outer: int, inner: int) -> Tiles:

@@ -14,7 +14,6 @@ import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiles_gpu import (
-    Tiles,
     by_size,
     place,
     row_tiles,
@@ -74,13 +73,22 @@ def test_a_walk_meets_every_tile_once(down, across):
 
 
 def test_tiles_multiply_few_columns_in_vain():
-    assert row_tiles(4096, turned=True)[:2] == (128, 256)
-    assert row_tiles(896, turned=True)[:2] == (128, 224)
-    assert row_tiles(896, turned=False)[:2] == (256, 128)
-    assert row_tiles(896, turned=True, apart=2)[:2] == (128, 256)
+    def sizes(outer, **options):
+        return row_tiles(32768, 64, outer, **options)[:2]
+
+    assert sizes(4096, turned=True) == (128, 256)
+    assert sizes(896, turned=True) == (128, 224)
+    assert sizes(896, turned=False) == (256, 128)
+    assert sizes(896, turned=True, parts=2) == (128, 256)
     assert weight_tiles(896, 1280)[:2] == (128, 256)
     assert weight_tiles(1280, 896)[:2] == (256, 128)
-    assert Tiles(256, 128).half == 128
+
+
+def test_blocks_share_matrices_of_small_and_of_large_groups():
+    pairs = [
+        row_tiles(rows, 64, 512, turned=True).pair for rows in (2**13, 2**15, 2**17)
+    ]
+    assert pairs == [True, False, True]
 
 
 def test_what_it_does_not_take_is_said():
@@ -128,6 +136,16 @@ def swiglu(x, w, sizes, dh):
     return h, *jax.vjp(kept, x, w, w)[0:1], *back(dh)
 
 
+def decode(x, w, sizes, _):
+    stack = w.reshape(2, -1, *w.shape[1:])  # two layers
+
+    def layer(x, number):
+        h = grouped_swiglu(x, stack, stack, sizes[: stack.shape[1]], layer=number)
+        return x + h, None
+
+    return jax.lax.scan(layer, x, jnp.arange(2))[0]
+
+
 M, G, N, K = {shape}
 operands = (
     shape(M, K),
@@ -137,6 +155,7 @@ operands = (
 )
 compiled = jax.jit({function}).lower(*operands).compile()
 print("kernels:", compiled.as_text().count('custom_call_target="mosaic_gpu'))
+print("temporaries:", compiled.memory_analysis().temp_size_in_bytes)
 """
 UP = (229376, 64, 896, 1280)  # of a mixture of 1.9B parameters
 DOWN = (229376, 64, 1280, 896)
@@ -148,6 +167,7 @@ aot = pytest.mark.aot
     [
         ("product", DOWN, "float32"),
         ("swiglu", UP, "float32"),
+        ("decode", (64, 128, 1024, 1024), "bfloat16"),
         pytest.param("product", UP, "bfloat16", marks=aot),
         pytest.param("swiglu", DOWN, "bfloat16", marks=aot),
         # an expert-parallel slice of V3, V3 on one device, V2-Lite, and sizes that no
@@ -175,103 +195,143 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
         capture_output=True,
         text=True,
     )
-    kernels = {"product": 3, "swiglu": 6}[function]
+    kernels = {"product": 3, "swiglu": 6, "decode": 1}[function]
     assert f"kernels: {kernels}" in done.stdout, done.stdout + done.stderr[-2000:]
+    if function == "decode":  # no layer is cut out of the stack
+        assert int(done.stdout.split("temporaries:")[1]) < 2**24
     report = done.stdout + done.stderr
     spills = [line for line in report.splitlines() if "spill stores" in line]
     assert spills, report[-2000:]
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
 
 
-def operands(sizes, N, K, weights=jnp.bfloat16):
+# Rows a group decide which blocks share matrices: small, medium and large groups.
+SHAPES = {16: (256, 384), 4: (192, 320), 3: (896, 64), 2: (200, 104)}  # groups: N, K
+
+
+def uneven_sizes(groups):
+    """By name: what is to be right for any."""
+    rng = np.random.default_rng(groups)
+    shares = rng.multinomial(M, rng.dirichlet([2.0] * groups))
+    return {
+        "uneven": shares,
+        "one has all": np.eye(groups, dtype=int)[-1] * M,
+        "tiny ones": np.arange(groups) % 8,
+        "exact tiles": np.full(groups, 128),
+        "one more": np.full(groups, 65),
+        "surplus rows": shares // 2,
+        "none": np.zeros(groups, int),
+    }
+
+
+def operands(groups, surplus_from, weights=jnp.bfloat16):
     """x, gate, up, dy, scale; what surplus rows hold is not to matter."""
-    rng = np.random.default_rng(len(sizes))
-    G = len(sizes)
-    shapes = (M, K), (G, N, K), (G, N, K), (M, N)
-    x, gate, up, dy = (
-        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes
-    )
-    surplus = (jnp.arange(M) >= sum(sizes))[:, None]
-    x, dy = (jnp.where(surplus, jnp.nan, a) for a in (x, dy))
-    gate, up = (w.astype(weights) for w in (gate, up))
-    return x, gate, up, dy, jnp.asarray(rng.random(M), jnp.float32)
+    (N, K), rng = SHAPES[groups], np.random.default_rng(groups)
+    shapes = (M, K), (groups, N, K), (groups, N, K), (M, N)
+    x, gate, up, dy = (rng.standard_normal(shape) for shape in shapes)
+    x[surplus_from:], dy[surplus_from:] = np.nan, np.nan
+    scale = jnp.asarray(rng.random(M), jnp.float32)
+    x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, dy))
+    gate, up = (jnp.asarray(w / 16, jnp.bfloat16).astype(weights) for w in (gate, up))
+    return x, gate, up, dy, scale
 
 
-def dense(x, w, sizes):
-    """The product in float32: all groups times all rows."""
-    ends = jnp.cumsum(jnp.asarray(sizes))
-    index = jnp.arange(M)[:, None]
-    own_MG = (index < ends) & (index >= ends - jnp.asarray(sizes))
-    y_MN = 0
-    for g in range(len(sizes)):
-        mine = jnp.where(own_MG[:, g : g + 1], x, 0)
-        y_MN += jnp.dot(mine, w[g].T, precision="highest")
-    return y_MN
+def wide(*arrays):
+    return [np.nan_to_num(np.asarray(array, np.float32)) for array in arrays]
+
+
+def product_by_hand(x, w, dy, sizes):
+    """y, dx and dw, in float32."""
+    y, dx, dw, start = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w), 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dx[rows] = x[rows] @ w[group].T, dy[rows] @ w[group]
+        dw[group] = dy[rows].T @ x[rows]
+        start += size
+    return y, dx, dw
+
+
+def swiglu_by_hand(x, gate, up, dh, scale, sizes):
+    """h, dx, dgate, dup and dscale, in float32."""
+    gated, *_ = product_by_hand(x, gate, dh, sizes)
+    lifted, *_ = product_by_hand(x, up, dh, sizes)
+    sigmoid, each = 1 / (1 + np.exp(-gated)), scale[:, None]
+    silu = gated * sigmoid
+    slope = sigmoid * (1 + gated * (1 - sigmoid))
+    _, from_gate, dgate = product_by_hand(x, gate, dh * lifted * each * slope, sizes)
+    _, from_up, dup = product_by_hand(x, up, dh * silu * each, sizes)
+    dscale = (dh * silu * lifted).sum(1)
+    return silu * lifted * each, from_gate + from_up, dgate, dup, dscale
 
 
 def check(found, expected, tolerance=3e-3):
     for got, want in zip(found, expected, strict=True):
-        got, want = np.asarray(got, np.float32), np.asarray(want)
-        assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+        error = np.linalg.norm(np.asarray(got, np.float32) - want)
+        assert error <= tolerance * np.linalg.norm(want)
 
 
-each_shape = pytest.mark.parametrize(
-    "shape", [(256, 384), (128, 128), (192, 320), (896, 64), (200, 104)], ids=str
-)
+@functools.partial(jax.jit, static_argnums=0)
+def and_gradients(function, sizes, *operands_and_cotangent):
+    """`function` of the sizes and operands, and the gradients of the latter."""
+    *operands, cotangent = operands_and_cotangent
+    out, back = jax.vjp(functools.partial(function, sizes), *operands)
+    return out, *back(cotangent)
 
 
-@pytest.mark.gpu
-@each_sizes
-@each_shape
-@pytest.mark.parametrize("weights", [jnp.bfloat16, jnp.float32])
-def test_product_and_gradients_equal_float32_on_the_gpu(sizes, shape, weights):
-    x, w, _, dy, _ = operands(sizes, *shape, weights)
+def product(sizes, x, w):
+    return grouped_matmul(x, w, sizes, implementation="hopper")
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(multiply, x, w, dy):
-        y, back = jax.vjp(multiply, x, w)
-        return y, *back(dy)
 
-    def ours(x, w):
-        return grouped_matmul(x, w, jnp.asarray(sizes), implementation="hopper")
-
-    found = run(ours, x, w, dy)
-    real = (jnp.arange(M) < sum(sizes))[:, None]
-    wide = [jnp.where(real, a, 0).astype(jnp.float32) for a in (x, dy)]
-    rounded = w.astype(jnp.bfloat16).astype(jnp.float32)
-    exact = run(lambda x, w: dense(x, w, sizes), wide[0], rounded, wide[1])
-    check(found, exact)
-    assert found[2].dtype == weights
+def swiglu(keep_result, sizes, x, gate, up, scale):
+    options = {"implementation": "hopper", "keep_result": keep_result}
+    return grouped_swiglu(x, gate, up, sizes, scale_M=scale, **options)
 
 
 @pytest.mark.gpu
-@each_sizes
-@each_shape
-@pytest.mark.parametrize("keep_result", [False, True])
-def test_swiglu_equals_float32_on_the_gpu(sizes, shape, keep_result):
-    x, gate, up, dh, scale = operands(sizes, *shape)
-    x, dh = (jnp.nan_to_num(a) for a in (x, dh))
-    gate, up = gate / 16, up / 16
+@pytest.mark.parametrize("groups", SHAPES)
+def test_product_and_gradients_equal_float32_on_the_gpu(groups):
+    for sizes in uneven_sizes(groups).values():
+        x, w, _, dy, _ = operands(groups, sizes.sum())
+        found = and_gradients(product, jnp.asarray(sizes), x, w, dy)
+        check(found, product_by_hand(*wide(x, w, dy), sizes))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(swiglu, x, gate, up, scale, dh):
-        h, back = jax.vjp(swiglu, x, gate, up, scale)
-        return swiglu(x, gate, up, scale), h, *back(dh)
 
-    def ours(x, gate, up, scale):
-        return grouped_swiglu(
-            *(x, gate, up, jnp.asarray(sizes)),
-            scale_M=scale,
-            implementation="hopper",
-            keep_result=keep_result,
-        )
+@pytest.mark.gpu
+def test_gradient_of_float32_weights_is_not_rounded_on_the_gpu():
+    sizes = uneven_sizes(4)["uneven"]
+    x, w, _, dy, _ = operands(4, M, jnp.float32)
+    *_, dw = and_gradients(product, jnp.asarray(sizes), x, w, dy)
+    assert dw.dtype == jnp.float32
+    check([dw], product_by_hand(*wide(x, w, dy), sizes)[2:], tolerance=1e-5)
 
-    def exact(x, gate, up, scale):
-        gated, lifted = dense(x, gate, sizes), dense(x, up, sizes)
-        return jax.nn.silu(gated) * lifted * scale[:, None]
 
-    found = run(ours, x, gate, up, scale, dh)
-    wide = [a.astype(jnp.float32) for a in (x, gate, up, scale, dh)]
-    # The gradient's own operands are rounded, too.
-    check(found[:1], run(exact, *wide)[:1])
-    check(found[1:], run(exact, *wide)[1:], tolerance=6e-3)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("groups", "keep_result"), [(16, False), (4, True), (2, True)])
+def test_swiglu_equals_float32_on_the_gpu(groups, keep_result):
+    run, alone = (
+        functools.partial(swiglu, keep_result),
+        jax.jit(swiglu, static_argnums=0),
+    )
+    for sizes in uneven_sizes(groups).values():
+        x, gate, up, dh, scale = operands(groups, M)
+        expected = swiglu_by_hand(*wide(x, gate, up, dh, scale), sizes)
+        operand, sizes = (x, gate, up, scale), jnp.asarray(sizes)
+        check([alone(False, sizes, *operand)], expected[:1])
+        # The gradient's own operands are rounded, too.
+        check(and_gradients(run, sizes, *operand, dh), expected, tolerance=6e-3)
+
+
+@pytest.mark.gpu
+def test_one_layer_among_all_on_the_gpu():
+    x, gate, up, _, scale = operands(4, M)
+    sizes, others = jnp.asarray(uneven_sizes(4)["uneven"]), jnp.full_like(gate, jnp.nan)
+    stacks = [jnp.stack([others, w, others]) for w in (gate, up)]
+
+    @jax.jit
+    def run(gate, up, **layer):
+        options = {"implementation": "hopper"} | layer
+        y = grouped_matmul(x, gate, sizes, **options)
+        return y, grouped_swiglu(x, gate, up, sizes, scale_M=scale, **options)
+
+    for found, expected in zip(run(*stacks, layer=1), run(gate, up)):
+        np.testing.assert_array_equal(found, expected)

@@ -60,6 +60,22 @@ def test_every_row_meets_its_matrix_once(rng, rows, groups, empty):
         assert set(visited) == set(range(-(-rows // 64)))
 
 
+@pytest.mark.parametrize(
+    ("contracted", "out", "has", "expected"),
+    [
+        (7168, 2048, tiles.ONE, (256, 256)),
+        (7168, 2048, tiles.SWIGLU, (256, 128)),
+        (2048, 7168, tiles.ONE, (256, 1024)),
+        (5120, 1536, tiles.ONE, (256, 384)),
+        (2048, 1408, tiles.ONE, (256, 768)),
+    ],
+)
+def test_tiles_are_as_wide_as_16_mebibytes_allow(contracted, out, has, expected):
+    """Each element of x read is worth as many products as its tile has columns."""
+    found = tiles.row_tiles(4096, contracted, out, 2, has)
+    assert (found.rows, found.columns) == expected
+
+
 # --- what is moved and multiplied
 
 SIZES = [3, 0, 290, 0, 120, 30]  # of 512 rows

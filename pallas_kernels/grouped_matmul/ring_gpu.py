@@ -1,0 +1,241 @@
+"""What the Hopper kernels of the grouped matmul are made of: blocks that stay, a ring of
+buffers, tiles in shared memory.
+
+A block of the grid stays for the whole run and makes one tile of the output after the
+other. One warpgroup copies operands to a ring of buffers in shared memory and runs ahead,
+over the ends of tiles; two multiply, each its half of a tile's rows, one step in flight
+while the next is issued, and neither waits for the other, so that one may store while the
+other multiplies.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from pallas_kernels.grouped_matmul.tiles_gpu import LINE, SMS
+
+ALIGN = 8  # rows of a swizzled tile
+CHUNK_ROWS = 64  # rows that are stored at once
+LEAST_ROWS = 256  # the tallest tile
+
+Ref = Any
+
+
+class Ring(NamedTuple):
+    """Buffers that one warpgroup fills and two empty in turn. Steps count on from tile
+    to tile.
+    """
+
+    stages: int
+    full: Ref
+    free: Ref
+
+    def slot(self, step):
+        """Where a step's operands lie."""
+        return lax.rem(step, self.stages)
+
+    def to_fill(self, step):
+        """The slot for a step, once it is empty."""
+
+        @pl.when(step >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
+
+        return self.slot(step)
+
+    def filled(self, step):
+        """The slot of a step, once it is full."""
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+        return self.slot(step)
+
+    def release(self, step) -> None:
+        """One warpgroup is done with a step's operands."""
+        plgpu.barrier_arrive(self.free.at[self.slot(step)])
+
+    def sum_up(self, multiply: Callable, steps, step, shape: tuple[int, int]):
+        """Runs `multiply(acc, number, slot)` for some steps; returns what they added
+        up to. A buffer is released when the products after its own are issued.
+        """
+
+        def one(acc, number, step):
+            multiply(acc, number, self.filled(step))
+            plgpu.wgmma_wait(1)
+
+            @pl.when(number > 0)
+            def _():
+                self.release(step - 1)
+
+            return step + 1
+
+        def run(acc):
+            end = lax.fori_loop(0, steps, functools.partial(one, acc), step)
+            total = acc[...]
+
+            @pl.when(steps > 0)
+            def _():
+                self.release(end - 1)
+
+            return total
+
+        return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+    def drain(self, steps) -> None:
+        """Waits until all buffers that were filled are empty."""
+
+        def one(step, _):
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
+
+        lax.fori_loop(jnp.maximum(steps - self.stages, 0), steps, one, None)
+
+    def skip(self, steps, step) -> None:
+        """Releases what is filled, unused."""
+
+        def one(_, step):
+            self.filled(step)
+            self.release(step)
+            return step + 1
+
+        lax.fori_loop(0, steps, one, step)
+
+
+@runtime_checkable
+class Block(Protocol):
+    """What one block of a kernel does. Both take a tile's number and the step it begins
+    with, and return the step after.
+    """
+
+    ring: Ring
+
+    def copy_tile(self, index, step):
+        """Copies in what a tile needs."""
+
+    def multiply_tile(self, index, step):
+        """Makes a tile of it."""
+
+
+def run(block: Block, tiles, blocks: int = 1) -> None:
+    """What the three warpgroups of a block do, if tiles are done by `blocks` at once."""
+    clusters = SMS // blocks
+    cluster, warpgroup = lax.axis_index("cluster"), lax.axis_index("warpgroup")
+    waves = lax.div(tiles, clusters)  # all of them whole
+
+    def index(wave):
+        """Back and forth: tiles get smaller."""
+        turned = clusters - 1 - cluster
+        return wave * clusters + jnp.where(lax.rem(wave, 2) == 0, cluster, turned)
+
+    def each(one_tile):
+        def one(wave, step):
+            return one_tile(index(wave), step)
+
+        more = (index(waves) < tiles).astype(jnp.int32)
+        return lax.fori_loop(0, waves + more, one, 0)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        steps = each(block.copy_tile)
+        if blocks > 1:  # none may end while the other's signals are on their way
+            block.ring.drain(steps)
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        each(block.multiply_tile)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def call(kernel: Callable, outputs: list, *operands: Array, blocks: int = 1):
+    """The outputs, of a kernel whose clusters have that many blocks."""
+    return plgpu.kernel(
+        kernel,
+        out_type=outputs,
+        grid=(SMS // blocks,),
+        grid_names=("cluster",),
+        cluster=(blocks,),
+        cluster_names=("pair",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=True,
+            reduction_scratch_bytes=1024,  # what is not needed buffers could have
+        ),
+    )(*operands)
+
+
+def padded(a: Array, *multiples: int) -> Array:
+    """With zeros up to multiples of these in its last axes; 2-dimensional ones with a
+    tile's rows at least. No copy is made where it is so already.
+    """
+    least = (LEAST_ROWS, 0) if a.ndim == 2 else (0, 0)
+    sizes = [
+        max(pl.cdiv(size, multiple) * multiple, floor)
+        for size, multiple, floor in zip(a.shape[-2:], multiples, least)
+    ]
+    more = [(0, new - old) for new, old in zip(sizes, a.shape[-2:])]
+    if not any(after for _, after in more):
+        return a
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + more)
+
+
+def _swizzled(dtype: DTypeLike, columns: int):
+    """The transforms of a tile for matrix units; and those for copies to or from any
+    row of an array. Either way the same bytes lie at the same places.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.SwizzleTransform(min(columns * itemsize, 128))
+    tiling = plgpu.TilingTransform((ALIGN, swizzle.swizzle // itemsize))
+    return (tiling, swizzle), (swizzle,)
+
+
+def smem(shape: tuple[int, ...], dtype: DTypeLike):
+    """Tiles that matrix units can read; rows are the last axis but one."""
+    return plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype, shape[-1])[0])
+
+
+def smem_of_any_row(shape: tuple[int, ...], dtype: DTypeLike, *widths: int):
+    """Two views of the same memory for each width: tiled, whose copies must start at
+    every eighth row of an array, and flat, which is a line wide and whose copies need
+    not. Narrower views are higher: all are of the same bytes.
+    """
+    *batch, rows = shape
+    views = [
+        plgpu.SMEM((*batch, rows * LINE // width, width), dtype, transforms=transforms)
+        for width in widths
+        for transforms in _swizzled(dtype, width)
+    ]
+    return plgpu.RefUnion(*views)
+
+
+def chunks(rows: int, columns: int, width: int) -> list[tuple[int, int, int]]:
+    """Where the pieces of a tile begin that are stored one after the other, and how wide
+    they are.
+    """
+    return [
+        (r, c, min(width, columns - c))
+        for r in range(0, rows, CHUNK_ROWS)
+        for c in range(0, columns, width)
+    ]
+
+
+def to_leave(chunk, out, number: int):
+    """Puts one of a tile's chunks in shared memory, where an earlier one has left it.
+    Those of the tile before have had the time.
+    """
+    leaving = out.shape[1]
+    if number == 0:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    elif number >= leaving:
+        plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
+    slot = lax.axis_index("warpgroup"), number % leaving
+    out[slot] = chunk
+    plgpu.commit_smem()
+    return slot

@@ -1,0 +1,327 @@
+"""The Hopper kernel of products of rows with their group's matrices, or the transposes.
+
+Letters: M rows, I inner, O outer, G groups.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer, apart
+from pallas_kernels.grouped_matmul.ring_gpu import (
+    ALIGN,
+    CHUNK_ROWS,
+    Ring,
+    call,
+    chunks,
+    padded,
+    run,
+    smem,
+    smem_of_any_row,
+    to_leave,
+)
+from pallas_kernels.grouped_matmul.tiles_gpu import (
+    LINE,
+    Schedule,
+    Tiles,
+    place,
+    row_tiles,
+    schedule,
+    tile_count,
+    walk,
+)
+
+
+def _lying(w: Matrices) -> tuple[Array, Array]:
+    """Matrices one after the other, and which of them is the first group's: of a layer
+    among all layers no copy is made.
+    """
+    if isinstance(w, OfLayer) and not any(size % LINE for size in w.shape[1:]):
+        first = w.layer.astype(jnp.int32) * w.shape[0]
+        return w.stack_YGNK.reshape(-1, *w.shape[1:]), first[None]
+    return padded(apart(w), LINE, LINE), jnp.zeros(1, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowsPlan:
+    """What a kernel of rows is to do."""
+
+    tiles: Tiles
+    turned: bool
+    lhs: int  # how many
+    matrices: int
+    scaled: bool  # makes SwiGLU
+    products: bool  # makes the products themselves
+    M: int
+    inner: int
+    outer: int
+    groups: int
+    dtype: DTypeLike
+
+    @property
+    def parts(self) -> int:
+        """Products that are kept apart, side by side in a tile."""
+        return self.matrices // self.lhs
+
+    @property
+    def width(self) -> int:
+        """Columns of the output that a tile is for."""
+        return self.tiles.columns // self.parts
+
+    @property
+    def across(self) -> int:
+        """Tiles in a row of them."""
+        return pl.cdiv(self.outer, self.width)
+
+    @property
+    def steps(self) -> int:
+        """Buffers of the ring that one matrix takes."""
+        return pl.cdiv(self.inner, LINE)
+
+    @property
+    def copies(self) -> int:
+        """Into one buffer of the ring."""
+        return self.tiles.blocks + self.parts
+
+    @property
+    def outputs(self) -> int:
+        """Arrays that are written."""
+        return self.parts * self.products + self.scaled
+
+
+def multiply_rows(
+    xs: Sequence[Float[Array, "M I"]],
+    ws: Sequence[Matrices],
+    sizes_G: Int[Array, " G"],
+    *,
+    turned: bool,
+    scale_M: Float[Array, " M"] | None = None,
+    products: bool = True,
+    tiles: Tiles | None = None,
+) -> tuple[Float[Array, "M O"], ...]:
+    """Sum over i of xs[i] times ws[i][g], [O, I] if `turned` else [I, O]. Of a single x
+    with two w the two `products`, and SwiGLU of them if there is a scale. Rows of no
+    group give zeros. bfloat16, summed in float32.
+    """
+    wanted, groups = (xs[0].shape[0], ws[0].shape[1 if turned else 2]), sizes_G.shape[0]
+    xs = [padded(x, ALIGN, LINE) for x in xs]
+    ws, firsts = zip(*map(_lying, ws))
+    (M, inner), (_, *matrix) = xs[0].shape, ws[0].shape
+    outer = matrix[0 if turned else 1]
+    parts = len(ws) // len(xs)
+    tiles = tiles or row_tiles(M, groups, outer, turned=turned, parts=parts)
+    scaled, dtype = scale_M is not None, xs[0].dtype
+    plan = _RowsPlan(
+        *(tiles, turned, len(xs), len(ws), scaled, products),
+        *(M, inner, outer, groups, dtype),
+    )
+    scales = ()
+    if scaled:  # a tile may end after the last row
+        more = M - scale_M.shape[0] + tiles.all_rows
+        scales = (jnp.pad(scale_M.astype(jnp.float32), (0, more)),)
+    out = jax.ShapeDtypeStruct((M, outer), dtype)
+
+    empty = plgpu.Barrier
+    if tiles.pair:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
+
+    def kernel(*refs):
+        def scope(*buffers):
+            block = _Rows(plan, refs, *buffers)
+            run(block, block.down * plan.across, tiles.blocks)
+
+        lines = (tiles.stages, tiles.columns, LINE)
+        if not turned:
+            lines = (tiles.stages, LINE, tiles.columns)
+        pl.run_scoped(
+            scope,
+            smem_of_any_row((tiles.stages, tiles.rows), dtype, LINE),
+            smem(lines, dtype),
+            smem_of_any_row((2, tiles.leaving, CHUNK_ROWS), dtype, LINE, LINE // 2),
+            plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiles.stages),
+            empty(num_arrivals=2, num_barriers=tiles.stages),
+            collective_axes="warpgroup",
+        )
+
+    operands = (*schedule(sizes_G, M, tiles.all_rows), firsts[0], *xs, *ws, *scales)
+    outputs = call(kernel, [out] * plan.outputs, *operands, blocks=tiles.blocks)
+    return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
+
+
+class _Rows:
+    """One block of the kernel of rows."""
+
+    def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
+        self.plan = plan
+        fields = len(Schedule._fields)
+        self.schedule = Schedule(*refs[:fields])
+        self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
+        self.first_matrix = refs[fields]
+        refs, self.ys = refs[fields + 1 : -plan.outputs], refs[-plan.outputs :]
+        self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
+        self.ws, self.scales = refs[: plan.matrices], refs[plan.matrices :]
+        self.x_in, self.x_landing = x_in
+        self.w_in = w_in
+        narrow = [view.at[:, :, :CHUNK_ROWS] for view in out[2:]]
+        self.out = {LINE: out[:2], LINE // 2: narrow}
+        self.ring = Ring(plan.tiles.stages, full, free)
+
+    def place(self, index):
+        """Group, first row, rows of the group, first column, and how often to multiply
+        with each matrix: never for surplus rows, which so get zeros.
+        """
+        tiles = self.plan.tiles
+        number, column = walk(index, self.down, self.plan.across, tiles.band)
+        group, start, count = place(self.schedule, number, tiles.all_rows)
+        steps = jnp.where(group < self.plan.groups, self.plan.steps, 0)
+        return group, start, count, column * self.plan.width, steps
+
+    def above(self, warpgroup):
+        """Rows of a tile before those of a warpgroup. The blocks of a pair take turns, so
+        that they have the same to do if the tile is not full.
+        """
+        if self.plan.tiles.pair:
+            warpgroup = 2 * warpgroup + lax.axis_index("pair")
+        return warpgroup * self.plan.tiles.half
+
+    def copy_tile(self, index, step):
+        """Copies in what a tile needs; returns the step after."""
+        plan = self.plan
+        group, start, count, column, steps = self.place(index)
+        columns, matrix = pl.ds(column, plan.width), group + self.first_matrix[0]
+
+        def load(x, ws, number, step):
+            slot = self.ring.to_fill(step)
+            full = self.ring.full.at[slot]
+            inner = pl.ds(number * LINE, LINE)
+            self.copy_rows(x.at[:, inner], start, count, slot)
+            for part, w in enumerate(ws):
+                here = pl.ds(part * plan.width, plan.width)
+                there = (columns, inner) if plan.turned else (inner, columns)
+                here = (here,) if plan.turned else (slice(None), here)
+                plgpu.copy_gmem_to_smem(
+                    w.at[(matrix, *there)],
+                    self.w_in.at[(slot, *here)],
+                    full,
+                    collective_axes="pair" if plan.tiles.pair else None,
+                )
+            return step + 1
+
+        for number, x in enumerate(self.xs):
+            ws = self.ws[number * plan.parts : (number + 1) * plan.parts]
+            step = lax.fori_loop(0, steps, functools.partial(load, x, ws), step)
+        return step
+
+    def copy_rows(self, x, start, count, slot) -> None:
+        """Copies in a block's rows of a tile; of a pair's, no half without any."""
+        full, tiles = self.ring.full.at[slot], self.plan.tiles
+        if not tiles.pair:
+            rows = pl.ds(start, tiles.rows)
+            plgpu.copy_gmem_to_smem(x.at[rows], self.x_landing.at[slot], full)
+            return
+        for warpgroup in range(2):
+            above = self.above(warpgroup)
+
+            @pl.when(count > above)
+            def _(warpgroup=warpgroup, above=above):
+                rows = pl.ds(start + above, tiles.half)
+                half = pl.ds(warpgroup * tiles.half, tiles.half)
+                plgpu.copy_gmem_to_smem(x.at[rows], self.x_landing.at[slot, half], full)
+
+            @pl.when(count <= above)
+            def _():
+                plgpu.barrier_arrive(full)
+
+    def multiply_tile(self, index, step):
+        """Makes a tile of what is copied in; returns the step after."""
+        plan, half = self.plan, self.plan.tiles.half
+        _, start, count, column, steps = self.place(index)
+        steps = steps * plan.lhs
+        warpgroup = lax.axis_index("warpgroup")
+        above = self.above(warpgroup)
+        start, count = start + above, jnp.clip(count - above, 0, half)
+
+        def multiply(acc, _, slot):
+            w = self.w_in.at[slot]
+            mine = self.x_in.at[slot, pl.ds(warpgroup * half, half)]
+            plgpu.wgmma(acc, mine, w.T if plan.turned else w)
+
+        @pl.when(count > 0)
+        def _():
+            total = self.ring.sum_up(multiply, steps, step, (half, plan.tiles.columns))
+            self.store(total, start, count, column)
+
+        @pl.when(count == 0)
+        def _():
+            self.ring.skip(steps, step)
+
+        return step + steps
+
+    def store(self, total, start, count, column) -> None:
+        """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
+        plan, number = self.plan, 0
+        for r, c, width in chunks(plan.tiles.half, plan.width, LINE):
+            rows = slice(r, r + CHUNK_ROWS)
+            products = [
+                total[rows, first + c : first + c + width]
+                for first in range(0, plan.tiles.columns, plan.width)
+            ]
+            made = [product.astype(plan.dtype) for product in products] * plan.products
+            if plan.scaled:
+                # What is kept is what it is made of, here and when it is made again.
+                of = [chunk.astype(jnp.float32) for chunk in made] or products
+                h = _swiglu(*of, self.scales[0], start + r)
+                made.append(h.astype(plan.dtype))
+            for chunk, y in zip(made, self.ys, strict=True):
+                tiled, flat = self.out[width]
+                slot = to_leave(chunk, tiled, number)
+                number += 1
+                _copy_rows(
+                    flat.at[slot],
+                    y.at[:, pl.ds(column + c, width)],
+                    start + r,
+                    jnp.clip(count - r, 0, CHUNK_ROWS),
+                )
+                plgpu.commit_smem_to_gmem_group()
+
+
+def _copy_rows(tile, y, start, count) -> None:
+    """Copies the first `count` rows of a tile to rows from `start` on: at once, or in
+    runs of powers of two, since the size of a copy is fixed when it is compiled.
+    """
+    tall = tile.shape[0]
+
+    def copy(first, rows: int):
+        here = y.at[pl.ds(start + first, rows)]
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(first, rows)], here, commit_group=False)
+
+    @pl.when(count == tall)
+    def _():
+        copy(0, tall)
+
+    @pl.when(count < tall)
+    def _():
+        run = tall // 2
+        while run:
+            pl.when((count & run) != 0)(
+                functools.partial(copy, count & ~(2 * run - 1), run)
+            )
+            run //= 2
+
+
+def _swiglu(gated, lifted, scales, start):
+    """silu(gated) * lifted * the scales of rows from `start` on."""
+    here = scales.at[pl.ds(start, gated.shape[0])]
+    scale = plgpu.load(here, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    # The approximate reciprocal square root is quick and right to float32's last bits;
+    # a quotient would take as long as all the rest.
+    silu = gated * lax.rsqrt(1 + jnp.exp(-gated)) ** 2
+    return silu * lifted * lax.broadcast_in_dim(scale, gated.shape, [0])

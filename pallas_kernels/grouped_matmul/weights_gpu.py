@@ -1,0 +1,166 @@
+"""The Hopper kernel of the gradient by weights: outer products, summed over a group's rows.
+
+Letters: M rows, I inner, O outer, G groups.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.ring_gpu import (
+    ALIGN,
+    CHUNK_ROWS,
+    Ring,
+    call,
+    chunks,
+    padded,
+    run,
+    smem,
+    to_leave,
+)
+from pallas_kernels.grouped_matmul.tiles_gpu import (
+    LINE,
+    Groups,
+    Tiles,
+    by_size,
+    walk,
+    weight_tiles,
+)
+
+
+def weight_gradient(
+    dy_MO: Float[Array, "M O"],
+    x_MI: Float[Array, "M I"],
+    sizes_G: Int[Array, " G"],
+    *,
+    dtype: DTypeLike,
+    tiles: Tiles | None = None,
+) -> Float[Array, "G O I"]:
+    """dw[g] = sum of dy[m] outer x[m] over the rows of group g; zeros if it has none."""
+    wanted = dy_MO.shape[1], x_MI.shape[1]
+    dy_MO, x_MI = padded(dy_MO, ALIGN, LINE), padded(x_MI, ALIGN, LINE)
+    outer, inner, groups = dy_MO.shape[1], x_MI.shape[1], sizes_G.shape[0]
+    tiles = tiles or weight_tiles(outer, inner)
+    stages, leaving = tiles.stages, tiles.leaving
+    chunk = 128 // jnp.dtype(dtype).itemsize
+
+    def kernel(*refs):
+        def scope(*buffers):
+            block = _Weights(tiles, refs, *buffers)
+            run(block, groups * block.tiles_each)
+
+        pl.run_scoped(
+            scope,
+            smem((stages, LINE, tiles.rows), dy_MO.dtype),
+            smem((stages, LINE, tiles.columns), x_MI.dtype),
+            smem((2, leaving, CHUNK_ROWS, chunk), dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2),
+            collective_axes="warpgroup",
+        )
+
+    out = jax.ShapeDtypeStruct((groups, outer, inner), dtype)
+    dw_GOI = call(kernel, [out], *by_size(sizes_G), dy_MO, x_MI)[0]
+    return dw_GOI[:, : wanted[0], : wanted[1]]
+
+
+class _Weights:
+    """One block of the kernel of weights: rows of its tiles are columns of dy, and what
+    is summed over are rows of dy and x, LINE at a time, from the last before the group
+    that a swizzled tile can start at.
+    """
+
+    def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, masked):
+        self.tiles = tiles
+        self.groups = Groups(*refs[:-3])
+        self.dy, self.x, self.dw = refs[-3:]
+        self.dy_in, self.x_in, self.out, self.masked = dy_in, x_in, out, masked
+        self.ring = Ring(tiles.stages, full, free)
+        groups, outer, inner = self.dw.shape
+        self.last = groups - 1
+        self.down = pl.cdiv(outer, tiles.rows)
+        self.across = pl.cdiv(inner, tiles.columns)
+        self.tiles_each = self.down * self.across
+
+    def place(self, index):
+        """Rank of the group, tile in its matrix, first row of the first step, and steps."""
+        rank = lax.div(index, self.tiles_each)
+        down, across = walk(
+            index - rank * self.tiles_each, self.down, self.across, self.tiles.band
+        )
+        begin, end = self.groups.begin[rank], self.groups.end[rank]
+        start = lax.div(begin, ALIGN) * ALIGN
+        steps = lax.div(end - start + LINE - 1, LINE)
+        steps = jnp.where(end > begin, steps, 0)
+        o, i = down * self.tiles.rows, across * self.tiles.columns
+        return rank, o, i, start, steps
+
+    def copy_tile(self, index, step):
+        """Copies in what a tile needs; returns the step after."""
+        _, o, i, start, steps = self.place(index)
+
+        def load(number, step):
+            slot = self.ring.to_fill(step)
+            full = self.ring.full.at[slot]
+            rows = pl.ds(pl.multiple_of(start + number * LINE, ALIGN), LINE)
+            dy = self.dy.at[rows, pl.ds(o, self.tiles.rows)]
+            x = self.x.at[rows, pl.ds(i, self.tiles.columns)]
+            plgpu.copy_gmem_to_smem(dy, self.dy_in.at[slot], full)
+            plgpu.copy_gmem_to_smem(x, self.x_in.at[slot], full)
+            return step + 1
+
+        return lax.fori_loop(0, steps, load, step)
+
+    def multiply_tile(self, index, step):
+        """Makes a tile of what is copied in; returns the step after."""
+        rank, o, i, start, steps = self.place(index)
+        tiles, warpgroup = self.tiles, lax.axis_index("warpgroup")
+        begin, end = self.groups.begin[rank], self.groups.end[rank]
+        all_rows = self.groups.ends[self.last]
+        mine = pl.ds(warpgroup * tiles.half, tiles.half)
+        half_x = pl.ds(warpgroup * (tiles.columns // 2), tiles.columns // 2)
+
+        def multiply(acc, number, slot):
+            here = start + number * LINE
+            dy = self.dy_in.at[slot, :, mine]
+
+            @pl.when((begin > here) | (end < here + LINE))
+            def _():
+                _keep_rows(dy, begin - here, end - here)
+
+            # Surplus rows may hold anything: infinity times 0 would not be 0.
+            @pl.when(all_rows < here + LINE)
+            def _():
+                _keep_rows(self.x_in.at[slot, :, half_x], 0, all_rows - here)
+                plgpu.barrier_arrive(self.masked)
+                plgpu.barrier_wait(self.masked)
+
+            plgpu.wgmma(acc, dy.T, self.x_in.at[slot])
+
+        shape = tiles.half, tiles.columns
+        total = self.ring.sum_up(multiply, steps, step, shape)
+        self.store(total, self.groups.group[rank], o + warpgroup * tiles.half, i)
+        return step + steps
+
+    def store(self, total, group, o, i) -> None:
+        """Writes a warpgroup's part of a tile."""
+        width = self.out.shape[-1]
+        for number, (r, c, _) in enumerate(chunks(*total.shape, width)):
+            chunk = total[r : r + CHUNK_ROWS, c : c + width]
+            slot = to_leave(chunk.astype(self.dw.dtype), self.out, number)
+            here = pl.ds(o + r, CHUNK_ROWS), pl.ds(i + c, width)
+            plgpu.copy_smem_to_gmem(self.out.at[slot], self.dw.at[(group, *here)])
+
+
+def _keep_rows(tile, first, last) -> None:
+    """Zeros in all rows but `first` to `last`."""
+    index = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
+    values = tile[...]
+    mine = (index >= first) & (index < last)
+    tile[...] = jnp.where(mine, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
