@@ -30,9 +30,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.utils import arith, ir, llvm, vector
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST, combine

@@ -172,7 +172,7 @@ ON_A_GPU = {  # tokens, heads, slots of a row or page, pages of a row, lengths
     "two tokens over a block's edge": (2, 128, 1024, None, [1024, 65, 64, 0, 129]),
     "beyond the cache": (1, 16, 256, None, [300, 10_000]),
     "a row for all": (1, 128, 16384, None, [16001]),
-    "many rows": (1, 16, 512, None, list(range(3, 513, 3))),
+    "many rows": (1, 16, 512, None, list(range(3, 513, 9))),
     "pages of a block": (3, 128, 64, 8, [512, 200]),
     "pages of two": (1, 16, 128, 4, [512, 129, 7]),
     "few heads": (3, 8, 128, None, [128, 5]),
