@@ -11,6 +11,7 @@ layers.
 """
 
 import enum
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -78,6 +79,9 @@ class Experts(nnx.Module):
         tensor = _is_cut(in_EFD, "tensor")
 
         tables = () if self.slots is None else (self.slots_EX[...],)
+        # Where layers are no loop there are few of them, and memory for SwiGLU's results.
+        looped = self.gate_EFD.get_metadata("looped")
+        apply = functools.partial(apply_experts, keep_result=not looped)
 
         def local(x_BTD, chosen_BTk, affinity_BTk, weights, within, tables, layers):
             tokens = x_BTD, chosen_BTk, affinity_BTk
@@ -88,9 +92,9 @@ class Experts(nnx.Module):
             weights = tuple(map(_gathered, weights, specs))
             match way:
                 case _Way.HERE:
-                    y_ND = apply_experts(*tokens, weights, *layers)
+                    y_ND = apply(*tokens, weights, *layers)
                 case _Way.DISPATCHED:
-                    y_ND = dispatched(apply_experts, *tokens, weights, self.config)
+                    y_ND = dispatched(apply, *tokens, weights, self.config)
                 case _Way.ALL_SEE_ALL:
                     gather = "expert" in axes_of(batch)
                     y_ND = _all_see_all(
@@ -237,12 +241,14 @@ def apply_experts(
     *,
     most: int | None = None,
     expected: int | None = None,
+    keep_result: bool = False,
 ) -> Float[Array, "N D"]:
     """The weighted sum over those of each token's experts that are here, in float32.
 
     `chosen` outside 0..E-1 names experts that are elsewhere. `most` bounds how many
     choices are here in all, `expected` is how many are likely. With `layer`, weights are
-    those of all layers.
+    those of all layers. `keep_result`: gradients find SwiGLU's results, and do not make
+    them again.
     """
     gate_EFD, up_EFD, down_EDF = weights
     (N, k), E = chosen_Nk.shape, gate_EFD.shape[-3]
@@ -262,6 +268,7 @@ def apply_experts(
     # own, and the gradient with respect to an affinity is a sum over F, not D.
     options = {"expected_rows": expected, "layer": layer}
     gate_up = gate_EFD, up_EFD
-    h_MF = grouped_swiglu(x_MD, *gate_up, sizes_E, scale_M=affinity_M, **options)
+    kept = {"scale_M": affinity_M, "keep_result": keep_result}
+    h_MF = grouped_swiglu(x_MD, *gate_up, sizes_E, **kept, **options)
     y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, **options)
     return sum_rows(y_MD, place_NR, token_M)
