@@ -115,7 +115,9 @@ def test_other_layers_are_never_read(rng):
     assert counted(call, x, w, jnp.asarray(SIZES)) == expected
 
 
-@pytest.mark.parametrize("sizes", [[0, 5, 0, 100, 7, 0], [0] * 6], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[0, 5, 0, 100, 7, 0], [0, 256, 0, 0, 0, 0], [0] * 6], ids=str
+)
 def test_nothing_is_read_for_surplus_rows(rng, sizes):
     """Nor for empty groups: the one tile with rows, and the matrices of groups with any."""
     x, w, dy = arrays(rng, (ROWS, INNER), (6, OUT, INNER), (ROWS, OUT))
