@@ -31,6 +31,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
+from pallas_kernels.mosaic import load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
@@ -322,9 +323,8 @@ class _Block:
 
     def row_scales(self, buffer, number):
         """Those of a warpgroup's rows for one step."""
-        return plgpu.load(
+        return load(
             self.x_scale_in.at[buffer, self.mine, number],
-            (),
             layout=plgpu.Layout.WGMMA.reduce(1),
             optimized=False,
         )
