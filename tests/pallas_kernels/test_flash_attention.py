@@ -179,6 +179,11 @@ def test_blocks_pad_little(length):
     assert block % 128 == 0 and padded < 1.1 * length + 128
 
 
+def test_scores_of_small_heads_fit_too():
+    """1024 x 1024 of them are 4 MiB of the 16 in float32; 2048 x 2048 would be all."""
+    assert pallas_tpu.block_size(65_536, (24, 16), 2) == 1024
+
+
 def test_the_mask_is_that_of_jax():
     """Where JAX's builder, which does work of T x T, sees anything to do."""
     causal = masks.MultiHeadMask([masks.CausalMask((512, 512))])
