@@ -1,7 +1,9 @@
-"""What Mosaic GPU is called by in all versions of JAX that the kernels run with."""
+"""What the Hopper kernels of several operations call Mosaic GPU by."""
 
+import functools
 import inspect
 
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
@@ -12,3 +14,27 @@ def load(ref, *, layout, optimized: bool = True) -> Array:
     """All of a reference, in registers that are laid out so."""
     index = ((),) if _HAS_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def copy_rows(tile, y, start, count) -> None:
+    """Copies the first `count` rows of a tile to rows from `start` on: at once, or in
+    runs of powers of two, since the size of a copy is fixed when it is compiled.
+    """
+    tall = tile.shape[0]
+
+    def copy(first, rows: int):
+        here = y.at[pl.ds(start + first, rows)]
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(first, rows)], here, commit_group=False)
+
+    @pl.when(count == tall)
+    def _():
+        copy(0, tall)
+
+    @pl.when(count < tall)
+    def _():
+        run = tall // 2
+        while run:
+            pl.when((count & run) != 0)(
+                functools.partial(copy, count & ~(2 * run - 1), run)
+            )
+            run //= 2

@@ -31,7 +31,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
-from pallas_kernels.mosaic import load
+from pallas_kernels.mosaic import copy_rows, load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
@@ -339,7 +339,7 @@ class _Block:
             self.out[warpgroup] = chunk.astype(plan.dtype)
             plgpu.commit_smem()
             columns = pl.ds(column + first, plan.chunk)
-            _copy_rows(self.leaving.at[warpgroup], self.y.at[:, columns], start, count)
+            copy_rows(self.leaving.at[warpgroup], self.y.at[:, columns], start, count)
             plgpu.commit_smem_to_gmem_group()
 
     def drain(self, steps) -> None:
@@ -377,26 +377,3 @@ def _run(block: _Block) -> None:
         plgpu.set_max_registers(240, action="increase")
         each(block.multiply_tile)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _copy_rows(tile, y, start, count) -> None:
-    """Copies the first `count` rows of a tile to rows from `start` on: at once, or in
-    runs of powers of two, since the size of a copy is fixed when it is compiled.
-    """
-    tall = tile.shape[0]
-
-    def copy(first, rows: int):
-        here = y.at[pl.ds(start + first, rows)]
-        plgpu.copy_smem_to_gmem(tile.at[pl.ds(first, rows)], here, commit_group=False)
-
-    @pl.when(count == tall)
-    def _():
-        copy(0, tall)
-
-    @pl.when(count < tall)
-    def _():
-        run = tall // 2
-        while run:
-            copy_run = functools.partial(copy, count & ~(2 * run - 1), run)
-            pl.when((count & run) != 0)(copy_run)
-            run //= 2

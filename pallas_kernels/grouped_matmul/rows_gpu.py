@@ -38,7 +38,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
-from pallas_kernels.mosaic import load
+from pallas_kernels.mosaic import copy_rows, load
 
 
 def _lying(w: Matrices) -> tuple[Array, Array]:
@@ -285,37 +285,13 @@ class _Rows:
                 tiled, flat = self.out[width]
                 slot = to_leave(chunk, tiled, number)
                 number += 1
-                _copy_rows(
+                copy_rows(
                     flat.at[slot],
                     y.at[:, pl.ds(column + c, width)],
                     start + r,
                     jnp.clip(count - r, 0, CHUNK_ROWS),
                 )
                 plgpu.commit_smem_to_gmem_group()
-
-
-def _copy_rows(tile, y, start, count) -> None:
-    """Copies the first `count` rows of a tile to rows from `start` on: at once, or in
-    runs of powers of two, since the size of a copy is fixed when it is compiled.
-    """
-    tall = tile.shape[0]
-
-    def copy(first, rows: int):
-        here = y.at[pl.ds(start + first, rows)]
-        plgpu.copy_smem_to_gmem(tile.at[pl.ds(first, rows)], here, commit_group=False)
-
-    @pl.when(count == tall)
-    def _():
-        copy(0, tall)
-
-    @pl.when(count < tall)
-    def _():
-        run = tall // 2
-        while run:
-            pl.when((count & run) != 0)(
-                functools.partial(copy, count & ~(2 * run - 1), run)
-            )
-            run //= 2
 
 
 def _swiglu(gated, lifted, scales, start):

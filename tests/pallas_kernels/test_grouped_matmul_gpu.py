@@ -3,9 +3,6 @@ any machine, the results on a GPU (`pytest -m gpu`).
 """
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +19,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     walk,
     weight_tiles,
 )
+from tests.pallas_kernels.h200 import compile_for_h200
 
 M = 2048
 SIZES = {
@@ -98,27 +96,7 @@ def test_what_it_does_not_take_is_said():
 
 
 COMPILE = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
-
-CONFIG = '''gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
-shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
-core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: 9 minor: 0 }} registers_per_core_limit: 65536
-registers_per_block_limit: 65536 }} platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "NVIDIA H200"'''
-topology = topologies.get_topology_desc(
-    "h200", "cuda", target_config=CONFIG, topology="1x1x1"
-)
-place = NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), P())
-
-
-def shape(*sizes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
 
 def product(x, w, sizes, dy):
@@ -182,27 +160,12 @@ aot = pytest.mark.aot
     ids=str,
 )
 def test_compiles_for_an_h200_without_spills(function, shape, weights):
-    pytest.importorskip("jax_plugins.xla_cuda13")
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     program = COMPILE.format(function=function, shape=shape, weights=weights)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
+    printed, _ = compile_for_h200(program)
     kernels = {"product": 3, "swiglu": 6, "decode": 1}[function]
-    assert f"kernels: {kernels}" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert f"kernels: {kernels}" in printed
     if function == "decode":  # no layer is cut out of the stack
-        assert int(done.stdout.split("temporaries:")[1]) < 2**24
-    report = done.stdout + done.stderr
-    spills = [line for line in report.splitlines() if "spill stores" in line]
-    assert spills, report[-2000:]
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
+        assert int(printed.split("temporaries:")[1]) < 2**24
 
 
 # Rows a group decide which blocks share matrices: small, medium and large groups.

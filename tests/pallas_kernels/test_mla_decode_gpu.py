@@ -2,10 +2,6 @@
 code, on any machine; the results, on a GPU (`pytest -m gpu`).
 """
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +17,7 @@ from pallas_kernels.mla_decode.schedule_gpu import (
     rows_of,
     schedule,
 )
+from tests.pallas_kernels.h200 import compile_for_h200
 from tests.pallas_kernels.test_mla_decode import SCALE, by_hand
 
 LENGTHS = {
@@ -80,27 +77,7 @@ def test_what_it_does_not_take_is_said():
 
 
 COMPILE = """
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from pallas_kernels.mla_decode import mla_decode
-
-CONFIG = '''gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
-shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
-core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-clock_rate_ghz: 1.98 device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
-cuda_compute_capability {{ major: 9 minor: 0 }} registers_per_core_limit: 65536
-registers_per_block_limit: 65536 }} platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "NVIDIA H200"'''
-topology = topologies.get_topology_desc(
-    "h200", "cuda", target_config=CONFIG, topology="1x1x1"
-)
-place = NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), P())
-
-
-def shape(*sizes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
 
 def decode(q, q_rope, latent, rope, lengths, layer, *pages):
@@ -133,24 +110,9 @@ ALL = {  # rows, tokens, heads of one device, slots of a row or page, pages of a
 
 
 def compiles(*cases):
-    pytest.importorskip("jax_plugins.xla_cuda13")
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(cases=[ALL[case] for case in cases])],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.count("kernels: 2") == len(cases), done.stderr[-2000:]
-    report = (done.stdout + done.stderr).splitlines()
-    spills = [line for line in report if "spill stores" in line and "frame" in line]
-    assert len(spills) > len(cases)
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills)
-    assert not [line for line in report if "serialized" in line]
+    report = compile_for_h200(COMPILE.format(cases=[ALL[case] for case in cases]))
+    assert report.printed.count("kernels: 2") == len(cases)
+    assert len(report.spills) > len(cases)
 
 
 def test_compiles_for_an_h200_without_spills():
