@@ -31,6 +31,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
+from pallas_kernels.mosaic import load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
@@ -66,8 +67,13 @@ def dense(
     *,
     dtype: DTypeLike,
 ) -> Float[Array, "M N"]:
-    """(x scaled) @ (w scaled).T; see `pallas_kernels.fp8_matmul.api`."""
-    return _product(x_MK, x_scale_Mk, w_NK[None], w_scale_nk[None], None, dtype)
+    """(x scaled) @ (w scaled).T; see `pallas_kernels.fp8_matmul.api`.
+
+    One group of all rows. A kernel that knew its rows when compiled was a sixth slower:
+    where loops have constant ends, their addresses are worked out ahead of them.
+    """
+    sizes = jnp.full(1, len(x_MK), jnp.int32)
+    return _product(x_MK, x_scale_Mk, w_NK[None], w_scale_nk[None], sizes, dtype)
 
 
 def grouped(
@@ -119,15 +125,14 @@ class _Plan:
 
 
 def _product(x, x_scale, w, w_scale, sizes, dtype, pair: bool | None = None) -> Array:
-    """Grouped; without sizes all rows are the only group's."""
     rows = x.shape[0]
     x, x_scale = _padded(x, FEWEST, 1), _padded(x_scale, FEWEST, TOGETHER)
     w_scale = _padded(w_scale, W_ROWS, TOGETHER)
     (M, K), (G, N, _) = x.shape, w.shape
     if pair is None:
-        pair = M > ROWS if sizes is None else M >= MANY_ROWS * G
+        pair = M >= MANY_ROWS * G
     plan = _Plan(M, N, K, G, jnp.dtype(dtype), pair)
-    tiles = () if sizes is None else schedule(sizes, M, plan.rows)
+    tiles = schedule(sizes, M, plan.rows)
     empty = plgpu.Barrier
     if pair:
         empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
@@ -203,10 +208,8 @@ class _Block:
         self.out, self.leaving = out
         # Full: of x, the first part of w and scales; of the other parts; free again.
         self.full, self.rest, self.free = barriers
-        self.schedule = Schedule(*tiles) if tiles else None
-        self.down = pl.cdiv(plan.M, plan.rows)
-        if tiles:
-            self.down = tile_count(self.schedule, plan.M, plan.rows)
+        self.schedule = Schedule(*tiles)
+        self.down = tile_count(self.schedule, plan.M, plan.rows)
 
     def place(self, index):
         """Group, first row, rows of the group, first column, and how many steps: none
@@ -214,12 +217,8 @@ class _Block:
         """
         plan = self.plan
         number, column = walk(index, self.down, plan.across, BAND)
-        if self.schedule is None:
-            start = number * plan.rows
-            group, count, steps = 0, jnp.minimum(plan.M - start, plan.rows), plan.steps
-        else:
-            group, start, count = place(self.schedule, number, plan.rows)
-            steps = jnp.where(group < plan.groups, plan.steps, 0)
+        group, start, count = place(self.schedule, number, plan.rows)
+        steps = jnp.where(group < plan.groups, plan.steps, 0)
         count = jnp.clip(count - self.above, 0, ROWS)
         return group, start + self.above, count, column * COLUMNS, steps
 
@@ -324,9 +323,8 @@ class _Block:
 
     def row_scales(self, buffer, number):
         """Those of a warpgroup's rows for one step."""
-        return plgpu.load(
+        return load(
             self.x_scale_in.at[buffer, self.mine, number],
-            (),
             layout=plgpu.Layout.WGMMA.reduce(1),
             optimized=False,
         )

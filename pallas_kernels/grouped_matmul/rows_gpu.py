@@ -38,6 +38,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
+from pallas_kernels.mosaic import load
 
 
 def _lying(w: Matrices) -> tuple[Array, Array]:
@@ -320,7 +321,7 @@ def _copy_rows(tile, y, start, count) -> None:
 def _swiglu(gated, lifted, scales, start):
     """silu(gated) * lifted * the scales of rows from `start` on."""
     here = scales.at[pl.ds(start, gated.shape[0])]
-    scale = plgpu.load(here, (), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+    scale = load(here, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
     # The approximate reciprocal square root is quick and right to float32's last bits;
     # a quotient would take as long as all the rest.
     silu = gated * lax.rsqrt(1 + jnp.exp(-gated)) ** 2

@@ -43,6 +43,7 @@ from pallas_kernels.mla_decode.schedule_gpu import (
     rows_of,
     schedule,
 )
+from pallas_kernels.mosaic import load
 
 TALL = 64  # queries of a tile
 L, R = 512, 64
@@ -579,7 +580,7 @@ class _Kernel:
         acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), MATRIX)
         acc = lax.fori_loop(stretch.done, stretch.end, add, acc)
         at = lax.rem(step, 2)
-        inverse = plgpu.load(shared.factors.at[2 + at], (), layout=COLUMN)
+        inverse = load(shared.factors.at[2 + at], layout=COLUMN)
         plgpu.barrier_arrive(shared.weights_free.at[at])
         acc = acc * _rows(inverse, acc)
 
@@ -605,7 +606,7 @@ class _Kernel:
         # Slots that the row has in its last block: others may hold NaNs.
         left = stretch.length - (stretch.last - 1) * BLOCK
         pl.when(~more & (left < BLOCK))(lambda: _zero_behind(latents, left))
-        factor = plgpu.load(shared.factors.at[at], (), layout=COLUMN)
+        factor = load(shared.factors.at[at], layout=COLUMN)
         acc = lax.cond(
             _any_below_one(factor) > 0,
             lambda acc: acc * _rows(factor, acc),
@@ -673,7 +674,7 @@ def _zero_behind(latents, left) -> None:
     for quarter in range(2):
         for column in range(0, QUARTER, 64):
             values = latents.at[quarter, :, pl.ds(column, 64)]
-            found = plgpu.load(values, (), layout=MATRIX)
+            found = load(values, layout=MATRIX)
             slot = plgpu.broadcasted_iota(jnp.int32, found.shape, 0, layout=MATRIX)
             found = jnp.where(slot < left, found, jnp.zeros_like(found))
             plgpu.commit_smem()  # all warps have read

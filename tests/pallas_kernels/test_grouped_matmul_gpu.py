@@ -206,7 +206,7 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
 
 
 # Rows a group decide which blocks share matrices: small, medium and large groups.
-SHAPES = {16: (256, 384), 4: (192, 320), 3: (896, 64), 2: (200, 104)}  # groups: N, K
+SHAPES = {16: (256, 384), 4: (192, 320), 3: (896, 128), 2: (200, 104)}  # groups: N, K
 
 
 def uneven_sizes(groups):
