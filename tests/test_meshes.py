@@ -243,6 +243,7 @@ def test_prefill_and_decoding(name, layout, sizes, expected):
     compare(run(serve, model_of(name, sharding, **sizes)), expected[name][serve])
 
 
+@pytest.mark.slow
 def test_two_processes():
     """Of four devices each: experts on all eight, and on four with weights cut."""
     with socket.socket() as found:

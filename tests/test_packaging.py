@@ -55,7 +55,9 @@ def unmet(modules: set[str], asked: set[str]) -> set[str]:
 
 
 def test_everything_imported_is_required():
-    assert unmet(third_party("dsjax", "pallas_kernels"), requirements()) == set()
+    modules = third_party("dsjax", "pallas_kernels")
+    modules -= {"torch"}  # benchmarks compare with it, where it is installed
+    assert unmet(modules, requirements()) == set()
 
 
 def test_everything_required_is_imported():

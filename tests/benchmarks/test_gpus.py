@@ -13,7 +13,9 @@ def test_rows_that_leave():
     assert gpus.rows_that_leave(chosen_Nk, 2, 6) == 2
 
 
-@pytest.mark.parametrize("work", [gpus.dispatch, gpus.decode])
+@pytest.mark.parametrize(
+    "work", [gpus.dispatch, pytest.param(gpus.decode, marks=pytest.mark.slow)]
+)
 def test_a_line_for_each_number(work):
     one, two = work([1, 2], 1, tiny=True)
     assert (one["gpus"], two["gpus"]) == (1, 2)
