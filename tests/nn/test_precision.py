@@ -122,8 +122,7 @@ def test_no_slice_is_cast_without_a_barrier(mesh, looped):
 
 @pytest.mark.parametrize(("unroll", "looped"), [(1, True), (2, False)])
 def test_weights_of_a_loop_know_it(unroll, looped):
-    (segment,) = CONFIG.segments
-    assert segment.count == 2
+    assert {segment.count for segment in CONFIG.segments} == {2}
     weights = flat(Transformer.abstract(CONFIG, unroll=unroll))
     found = {path: weight.get_metadata("looped") for path, weight in weights.items()}
     assert not found["embedding_VD"]
