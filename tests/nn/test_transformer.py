@@ -52,7 +52,9 @@ def test_sharded_equals_unsharded(name, sizes):
     np.testing.assert_allclose(odd, logits[:3], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tiny_v3", "tiny_moe_16b"])
+@pytest.mark.parametrize(
+    "name", ["tiny_v3", pytest.param("tiny_moe_16b", marks=pytest.mark.slow)]
+)
 def test_sharded_gradients_equal_unsharded(name):
     def gradients(**sizes):
         model = random_model(name, **sizes)

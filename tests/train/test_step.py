@@ -183,8 +183,10 @@ def test_gradient_is_that_of_the_whole_objective():
 
 @pytest.mark.parametrize(
     ("mesh", "config", "objective"),
-    [("many", CONFIG, OBJECTIVE), ("one", DENSE, Objective())],
-    ids=["moe", "dense"],
+    [
+        pytest.param("many", CONFIG, OBJECTIVE, id="moe", marks=pytest.mark.slow),
+        pytest.param("one", DENSE, Objective(), id="dense"),
+    ],
 )
 def test_microbatches_add_up_to_one_batch(mesh, config, objective):
     """4 microbatches of 2 sequences against 1 of 8, documents of uneven number apart:

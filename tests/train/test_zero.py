@@ -54,7 +54,10 @@ def run(case):
     return model, compiled, state, history
 
 
-@pytest.mark.parametrize("case", ["data", "experts"])
+CUT = [pytest.param("data", marks=pytest.mark.slow), "experts"]
+
+
+@pytest.mark.parametrize("case", CUT)
 def test_same_losses_and_weights(case):
     """But for a few weights whose gradients are rounding noise, which Adam divides by
     its own size."""
@@ -71,7 +74,7 @@ def test_same_losses_and_weights(case):
             assert np.quantile(difference, 0.999) < 1e-5, path
 
 
-@pytest.mark.parametrize("case", ["data", "experts"])
+@pytest.mark.parametrize("case", CUT)
 def test_a_device_holds_an_eighth(case):
     """Of parameters, moments and average; before and after steps, and as planned."""
     model, _, after, _ = run(case)
