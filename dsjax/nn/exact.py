@@ -36,13 +36,13 @@ def _forward(x_BTD, w_ED):
 
 def _backward(saved, dy_BTE):
     x_BTD, w_ED = saved
-    dy_PBTE, w_PED = _parts(dy_BTE), _parts(w_ED)
+    dy_PBTE = _parts(dy_BTE)
     # The result is bfloat16: first parts, and one step beyond them.
-    firsts = jnp.array([0, 0, 1]), jnp.array([0, 1, 0])
+    (dy, dy_rest, _), (w, w_rest, _) = dy_PBTE, _parts(w_ED)
     dx_BTD = jnp.einsum(
         "PBTE,PED->BTD",
-        dy_PBTE[firsts[0]],
-        w_PED[firsts[1]],
+        jnp.stack([dy, dy, dy_rest]),
+        jnp.stack([w, w_rest, w]),
         preferred_element_type=jnp.float32,
     )
     dw_ED = jnp.einsum(

@@ -69,8 +69,8 @@ def dense(
 ) -> Float[Array, "M N"]:
     """(x scaled) @ (w scaled).T; see `pallas_kernels.fp8_matmul.api`.
 
-    One group of all rows. A kernel that knew its rows when compiled was a sixth slower:
-    where loops have constant ends, their addresses are worked out ahead of them.
+    One group of all rows. A kernel that knew its rows and steps when it was compiled was
+    a seventh slower (benchmarks/fp8_matmul.md).
     """
     sizes = jnp.full(1, len(x_MK), jnp.int32)
     return _product(x_MK, x_scale_Mk, w_NK[None], w_scale_nk[None], sizes, dtype)
@@ -124,13 +124,12 @@ class _Plan:
         return LINE // jnp.dtype(self.dtype).itemsize
 
 
-def _product(x, x_scale, w, w_scale, sizes, dtype, pair: bool | None = None) -> Array:
+def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
     rows = x.shape[0]
     x, x_scale = _padded(x, FEWEST, 1), _padded(x_scale, FEWEST, TOGETHER)
     w_scale = _padded(w_scale, W_ROWS, TOGETHER)
     (M, K), (G, N, _) = x.shape, w.shape
-    if pair is None:
-        pair = M >= MANY_ROWS * G
+    pair = M >= MANY_ROWS * G
     plan = _Plan(M, N, K, G, jnp.dtype(dtype), pair)
     tiles = schedule(sizes, M, plan.rows)
     empty = plgpu.Barrier
