@@ -22,8 +22,8 @@ def quantize_rows(
 ) -> tuple[Float[Array, "*batch M K"], Float[Array, "*batch M k"]]:
     """Activations: e4m3 and a float32 scale for each 1 x 128 tile.
 
-    Any leading axes. Elementwise but for the maximum over a tile: XLA makes one kernel
-    of it, and of what made `x`.
+    Any leading axes. XLA makes a kernel of the largest values and one of the rest, so `x`
+    is read twice.
     """
     return _quantize(x_MK, 1)
 
