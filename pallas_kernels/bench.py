@@ -12,6 +12,7 @@ import argparse
 import gc
 import importlib
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from pallas_kernels.measure import (
+    ROUNDS,
     Case,
     device_ms,
     poison,
@@ -99,41 +101,71 @@ def prepare(case: Case) -> Prepared:
     return Prepared(case, inputs, exact, contestants, outputs)
 
 
+class Contestant(NamedTuple):
+    """Its first output, to be compared; and its time, measured anew."""
+
+    result: Callable[[], jax.Array]
+    ms: Callable[[], float]
+
+
 def run_case(prepared: Prepared, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
-    """A row for each contestant, ours first."""
+    """A row for each contestant, ours first. They take turns, since clocks follow the
+    GPU's power and temperature: a ratio is the median of those of single turns.
+    """
     case = prepared.case
     operands = prepared.inputs(key)
-    exact = prepared.exact(*operands)
+    contestants = _of_jax(prepared, operands) | _of_torch(case, operands)
+    errors, times, failed = _take_turns(contestants, prepared.exact(*operands))
     peak = ceilings.float8 if "fp8" in case.operation else ceilings.bfloat16
     floor_s = max(case.flops / peak, case.bytes / ceilings.read)
-    ours = None
-
-    def row(who: str, ms: float, error: float) -> Row:
-        nonlocal ours
-        note, ours = "" if ours else case.target, ours or ms
+    ours = next((times[who] for who in contestants if who not in failed), [])
+    for who in contestants:
+        if who in failed:
+            yield Row(case.operation, case.name, who, note=failed[who])
+            continue
+        ms = statistics.median(times[who])
         seconds = ms / 1e3
-        return Row(
-            *(case.operation, case.name, who, ms, error),
+        yield Row(
+            *(case.operation, case.name, who, ms, errors[who]),
             case.flops / seconds,
             case.bytes / seconds,
             floor_s / seconds,
-            ms / ours,
-            note,
+            statistics.median(a / b for a, b in zip(times[who], ours)),
+            case.target if times[who] is ours else "",
         )
 
-    for who, run in prepared.contestants.items():
-        if isinstance(run, str):
-            yield Row(case.operation, case.name, who, note=run)
-            continue
-        try:
+
+def _take_turns(
+    contestants: dict[str, Contestant | str], exact: jax.Array
+) -> tuple[dict[str, float], dict[str, list[float]], dict[str, str]]:
+    """By contestant: error, milliseconds of each turn, or why it could not."""
+    failed = {who: why for who, why in contestants.items() if isinstance(why, str)}
+    errors, times = {}, {who: [] for who in contestants}
+    for turn in range(1 + ROUNDS):
+        for who in [who for who in contestants if who not in failed]:
+            try:
+                if turn:
+                    times[who].append(contestants[who].ms())
+                else:
+                    found = contestants[who].result()
+                    errors[who] = float(relative_error(found, exact))
+            except Exception as problem:  # one that cannot must not end the others' run
+                failed[who] = _line(problem)
+    return errors, times, failed
+
+
+def _of_jax(prepared: Prepared, operands) -> dict[str, Contestant | str]:
+    def contestant(who: str, run: Callable) -> Contestant:
+        def result() -> jax.Array:
             poison(prepared.outputs[who])
-            found = jax.tree.leaves(run(*operands))[0]
-            error = float(relative_error(found, exact))
-            del found
-            yield row(who, device_ms(run, *operands), error)
-        except Exception as problem:
-            yield Row(case.operation, case.name, who, note=_line(problem))
-    yield from _run_torch(case, operands, exact, row)
+            return jax.tree.leaves(run(*operands))[0]
+
+        return Contestant(result, lambda: device_ms(run, *operands))
+
+    return {
+        who: run if isinstance(run, str) else contestant(who, run)
+        for who, run in prepared.contestants.items()
+    }
 
 
 def _line(problem: Exception) -> str:
@@ -141,30 +173,26 @@ def _line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first[:80]}"
 
 
-def _run_torch(case: Case, operands, exact, row) -> Iterator[Row]:
+def _of_torch(case: Case, operands) -> dict[str, Contestant | str]:
     if case.torch is None:
-        return
+        return {}
     try:
         import torch
     except ImportError:
-        return
+        return {}
     try:
         tensors = [_tensor(torch, operand) for operand in operands]
-        contestants = case.torch()
+        functions = case.torch()
     except Exception as problem:
-        yield Row(case.operation, case.name, "torch", note=_line(problem))
-        return
-    for who, function in contestants.items():
-        try:
-            found = function(*tensors)
-            found = jnp.from_dlpack(found.contiguous())
-            error = float(relative_error(found, exact))
-            del found
-            yield row(who, torch_ms(function, *tensors), error)
-        except Exception as problem:
-            yield Row(case.operation, case.name, who, note=_line(problem))
-    del tensors
-    torch.cuda.empty_cache()
+        return {"torch": _line(problem)}
+
+    def contestant(function: Callable) -> Contestant:
+        def result() -> jax.Array:
+            return jnp.from_dlpack(function(*tensors).contiguous())
+
+        return Contestant(result, lambda: torch_ms(function, *tensors))
+
+    return {who: contestant(function) for who, function in functions.items()}
 
 
 def _tensor(torch, operand: jax.Array):
@@ -232,6 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
             if options.json:
                 print(json.dumps(row._asdict()), flush=True)
         gc.collect()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
     if options.json:
         print(json.dumps({"device": device.device_kind} | ceilings._asdict()))
     else:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 Operands = tuple[Array, ...]
-REPEATS = 10
+REPEATS = 10  # calls in a row
+ROUNDS = 5  # turns of each contestant
 
 
 @dataclass(frozen=True)

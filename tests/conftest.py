@@ -4,12 +4,13 @@ import os
 from importlib.util import find_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda or tpu: on purpose only
-# Tests compile much and compute little: LLVM need not try hard.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile much and compute little: LLVM need not try hard.
+    FLAGS += [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 import jax  # noqa: E402
