@@ -1,13 +1,15 @@
 """Several GPUs of one host: training, expert dispatch and decoding, over NCCL.
 
     python -m benchmarks.gpus train --gpus 1 2 4 8
+    python -m benchmarks.gpus train --gpus 1 4 --data 2   # two halves with all experts each
     python -m benchmarks.gpus dispatch --gpus 8
     python -m benchmarks.gpus decode --gpus 8
     python -m benchmarks.gpus train --gpus 1 2 --tiny     # anywhere, to see that it runs
 
-Each GPU has its own tokens and its own experts: `expert` cuts the batch, too. Training is
-weak scaling, 16 sequences a GPU; a share of linear is tokens/s a GPU over those of the
-first number of GPUs. Dispatch sends 4096 tokens a GPU through V3's routing to experts that
+Each GPU has its own tokens and its own experts: `expert` cuts the batch, too. `--data`
+cuts the GPUs into so many parts that have all experts each, if there are as many GPUs.
+Training is weak scaling, 16 sequences a GPU; a share of linear is tokens/s a GPU over
+those of the first number of GPUs. Dispatch sends 4096 tokens a GPU through V3's routing to experts that
 do nothing, and back. A line of JSON a result; leave NVLink multicast off
 (`NCCL_NVLS_ENABLE=0`) where the driver cannot share it.
 
@@ -17,23 +19,25 @@ Letters: N tokens, D model, E experts, k chosen experts.
 import argparse
 import functools
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.dispatch import experts_of
-from benchmarks.train_speed import timed
+from benchmarks.train_speed import peak_bytes, timed
 from dsjax import models
-from dsjax.config import ModelConfig
+from dsjax.config import ModelConfig, Moe
 from dsjax.decode import engine
 from dsjax.decode.sample import Sampling, row_keys
-from dsjax.nn.dispatch import dispatched
+from dsjax.nn import dispatch as expert_parallel
+from dsjax.nn.exchange import exchange
 from dsjax.nn.options import Precision
 from dsjax.nn.router import route
 from dsjax.nn.transformer import Transformer
@@ -52,34 +56,42 @@ def main() -> None:
     works = {"train": train, "dispatch": dispatch, "decode": decode}
     parser.add_argument("work", choices=works)
     parser.add_argument("--gpus", type=int, nargs="+", default=[len(jax.devices())])
+    parser.add_argument("--data", type=int, default=1, metavar="PARTS")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
     args = parser.parse_args()
-    for found in works[args.work](args.gpus, args.steps, tiny=args.tiny):
+    meshes = [mesh_of(gpus, args.data) for gpus in args.gpus]
+    for found in works[args.work](meshes, args.steps, tiny=args.tiny):
         print(json.dumps({"device": jax.devices()[0].device_kind} | found), flush=True)
 
 
-def mesh_of(gpus: int) -> jax.sharding.Mesh:
-    """The first `gpus` devices, along `expert`."""
-    return make_mesh(expert=gpus, devices=jax.devices()[:gpus])
+def mesh_of(gpus: int, data: int = 1) -> Mesh:
+    """The first `gpus` devices, in `data` parts if there are as many."""
+    data = math.gcd(data, gpus)
+    return make_mesh(data=data, expert=gpus // data, devices=jax.devices()[:gpus])
 
 
-def train(numbers: list[int], steps: int, *, tiny: bool) -> Iterator[dict]:
+def train(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
     """The step of benchmarks.train_speed, 16 sequences a GPU."""
     experiment, sequences = speed.moe_mla_2b_bf16(), 16
     if tiny:
         experiment = replace(experiment, model=small(experiment.model), length=32)
         sequences = 2
     first = None
-    for gpus in numbers:
+    for mesh in meshes:
+        gpus = mesh.size
         rows = sequences * gpus
         run = replace(experiment, batch=BatchSize(sequences=rows), microbatch=rows)
-        found = timed(run, steps, mesh=mesh_of(gpus))
+        found = timed(run, steps, mesh=mesh)
         each = rows * run.length / found.seconds / gpus
         first = first or each
         yield {
             "work": "train",
             "gpus": gpus,
+            "experts_over": mesh.shape["expert"],
+            "step_ms": round(1e3 * found.seconds, 2),
+            "fastest_step_ms": round(1e3 * found.fastest, 2),
+            "peak_gb": round(peak_bytes() / 1e9, 2),
             "tokens_per_second": round(each * gpus),
             "share_of_linear": round(each / first, 4),
         }
@@ -90,75 +102,112 @@ def small(config: ModelConfig) -> ModelConfig:
     return models.shrink(config, vocab_size=128, width=16)
 
 
-def dispatch(numbers: list[int], steps: int, *, tiny: bool) -> Iterator[dict]:
-    """Tokens to V3's experts and back; the experts hand back what they are sent."""
+def dispatch(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
+    """Tokens to V3's experts and back, which hand back what they are sent; and of that
+    the rows' way there alone, with the plan of who gets which.
+    """
     config, width = experts_of(models.v3()), 7168
     tokens = 4096
     if tiny:
         width, tokens = 64, 64
-    for gpus in numbers:
-        mesh = mesh_of(gpus)
-
-        def echo(x_ND, chosen_Nk, affinity_Nk, weights, **_):
-            here_Nk = (chosen_Nk >= 0) & (chosen_Nk < len(weights[0]))
-            return x_ND.astype(jnp.float32) * here_Nk.any(axis=1, keepdims=True)
-
-        def local(x_ND, chosen_Nk, affinity_Nk, weights_E1):
-            return dispatched(
-                echo, x_ND, chosen_Nk, affinity_Nk, (weights_E1,), config
-            ).astype(x_ND.dtype)
-
-        rows = P("expert", None)
-        run = jax.jit(
-            jax.shard_map(local, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+    for mesh in meshes:
+        rng = np.random.default_rng(0)
+        count = tokens * mesh.size
+        scores = jax.nn.sigmoid(rng.standard_normal((1, count, config.num_experts)))
+        routing = route(scores, jnp.zeros(config.num_experts), config)
+        chosen_Nk = np.asarray(routing.indices_BTk[0])
+        operands = (
+            jnp.asarray(rng.standard_normal((count, width)), jnp.bfloat16),
+            chosen_Nk,
+            routing.weights_BTk[0],
+            jnp.zeros((config.num_experts, 1), jnp.bfloat16),
         )
-        with jax.set_mesh(mesh):
-            put = functools.partial(jax.device_put, device=NamedSharding(mesh, rows))
-            rng = np.random.default_rng(0)
-            count = tokens * gpus
-            scores = jax.nn.sigmoid(
-                jnp.asarray(rng.standard_normal((1, count, config.num_experts)))
-            )
-            routing = route(scores, jnp.zeros(config.num_experts), config)
-            x_ND = jnp.asarray(rng.standard_normal((count, width)), jnp.bfloat16)
-            chosen_Nk = np.asarray(routing.indices_BTk[0])
-            operands = (
-                put(x_ND),
-                put(chosen_Nk),
-                put(routing.weights_BTk[0]),
-                put(jnp.zeros((config.num_experts, 1), jnp.bfloat16)),
-            )
-            seconds = per_call(run, operands, steps)
-        away = rows_that_leave(chosen_Nk, gpus, config.num_experts)
-        sent = 2 * away * width * BYTES / gpus  # to the experts and back, of one GPU
+        there, back = (
+            _per_call(mesh, functools.partial(program, config), operands, steps)
+            for program in (_there, _there_and_back)
+        )
+        parts = mesh.shape["expert"]
+        away = rows_that_leave(chosen_Nk, tokens, parts, config.num_experts)
+        sent = away * width * BYTES / mesh.size  # one way, of one GPU
         yield {
             "work": "dispatch",
-            "gpus": gpus,
+            "gpus": mesh.size,
+            "experts_over": parts,
             "tokens_each": tokens,
-            "ms": round(1e3 * seconds, 3),
             "sent_mb_each": round(sent / 1e6, 2),
-            "gb_per_second_each": round(sent / seconds / 1e9, 2),
+            "there_ms": round(1e3 * there, 3),
+            "there_gb_per_second_each": round(sent / there / 1e9, 2),
+            "there_and_back_ms": round(1e3 * back, 3),
+            "gb_per_second_each": round(2 * sent / back / 1e9, 2),
         }
 
 
-def rows_that_leave(chosen_Nk: np.ndarray, gpus: int, experts: int) -> int:
-    """Of all tokens, the pairs of a token and another GPU that has experts of it."""
-    home_N = np.arange(len(chosen_Nk)) // (len(chosen_Nk) // gpus)
-    gpu_Nk = chosen_Nk // (experts // gpus)
-    visits = [(gpu_Nk == gpu).any(axis=1) & (home_N != gpu) for gpu in range(gpus)]
+def _there_and_back(config: Moe, x_ND, chosen_Nk, affinity_Nk, weights_E1):
+    def echo(x_MD, here_Mk, affinity_Mk, weights, **_):
+        some_M1 = ((here_Mk >= 0) & (here_Mk < len(weights[0]))).any(1, keepdims=True)
+        return x_MD.astype(jnp.float32) * some_M1
+
+    weights = (weights_E1,)
+    y_ND = expert_parallel.dispatched(
+        echo, x_ND, chosen_Nk, affinity_Nk, weights, config, at_once=True
+    )
+    return y_ND.astype(x_ND.dtype)
+
+
+def _there(config: Moe, x_ND, chosen_Nk, *_):
+    """The first round's rows, as a device receives them; each goes as it lies, without
+    being gathered.
+    """
+    plan = expert_parallel._plan(chosen_Nk, config)
+    x_JD = jnp.resize(x_ND, (len(plan.token_J), x_ND.shape[1]))
+    return exchange(x_JD, plan.lanes(0))
+
+
+def _per_call(mesh: Mesh, program: Callable, operands: tuple, calls: int) -> float:
+    """Seconds of one of so many calls in a row, after one that compiles. All operands are
+    cut by tokens but the last, which is cut by experts.
+    """
+    rows = P(("data", "expert"), None)
+    specs = (rows, rows, rows, P("expert", None))
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(operands, specs)
+        ]
+        run = jax.jit(
+            jax.shard_map(program, in_specs=specs, out_specs=rows, check_vma=False)
+        )
+        jax.block_until_ready(run(*placed))
+        begun = time.perf_counter()
+        for _ in range(calls):
+            found = run(*placed)
+        jax.block_until_ready(found)
+        return (time.perf_counter() - begun) / calls
+
+
+def rows_that_leave(
+    chosen_Nk: np.ndarray, tokens: int, parts: int, experts: int
+) -> int:
+    """Of all tokens, so many a GPU, the pairs of a token and another part that has
+    experts of it.
+    """
+    home_N = np.arange(len(chosen_Nk)) // tokens % parts
+    part_Nk = chosen_Nk // (experts // parts)
+    visits = [(part_Nk == part).any(axis=1) & (home_N != part) for part in range(parts)]
     return int(np.sum(visits))
 
 
-def decode(numbers: list[int], steps: int, *, tiny: bool) -> Iterator[dict]:
+def decode(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
     """V2-Lite, random bfloat16 weights, prompts of 512 tokens, 32 rows a GPU."""
     config, prompt, rows_each = models.v2_lite(), 512, 32
     if tiny:
         config, prompt, rows_each = models.tiny_v2_lite(), 16, 2
-    for gpus in numbers:
+    for mesh in meshes:
+        gpus = mesh.size
         rows = rows_each * gpus
         model = Transformer.create(
             config,
-            mesh=mesh_of(gpus),
+            mesh=mesh,
             sharding=SERVING,
             precision=Precision(params=jnp.bfloat16),
         )
@@ -190,16 +239,6 @@ def decode(numbers: list[int], steps: int, *, tiny: bool) -> Iterator[dict]:
             "ms_a_step": round(1e3 * seconds, 3),
             "tokens_per_second": round(rows / seconds),
         }
-
-
-def per_call(run, operands, calls: int) -> float:
-    """Seconds of one of so many calls in a row, after one that compiles."""
-    jax.block_until_ready(run(*operands))
-    begun = time.perf_counter()
-    for _ in range(calls):
-        found = run(*operands)
-    jax.block_until_ready(found)
-    return (time.perf_counter() - begun) / calls
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ section 2.2.2; V3, section 2.1.2).
 Shapes are static and no row is lost, whatever the routing. A device has room for SLACK
 times the rows that even routing brings; what does not fit waits for a further round, and
 there are as many rounds as the fullest device needs: one, usually. Many tokens go in
-chunks, so that the buffers stay small; a chunk is computed again for its gradient.
+chunks, so that the buffers stay small; a chunk is computed again for its gradient. Where
+memory allows it they go at once, and nothing is.
 
 Everything here runs inside `shard_map`, with the tokens cut along `expert`. Letters: N
 tokens of this device, D model, k chosen experts, P devices of the axis, J rows to send,
@@ -55,17 +56,20 @@ def dispatched(
     affinity_Nk: Float[Array, "N k"],
     weights: Weights,
     config: Moe,
+    *,
+    at_once: bool = False,
 ) -> Float[Array, "N D"]:
     """Each token's weighted sum over its chosen experts, on all devices of the axis, in
     float32.
 
     `apply` computes it for rows and experts that are on one device:
     `dsjax.nn.experts.apply_experts`. `weights` are this device's, `chosen` counts the
-    experts of all; one that does not exist is skipped.
+    experts of all; one that does not exist is skipped. `at_once`: never in chunks.
     """
     rows, k = chosen_Nk.shape
     here = weights[0].shape[0]
-    chunks = _chunks(rows, k * x_ND.shape[1] * x_ND.dtype.itemsize, k / here)
+    row_bytes = k * x_ND.shape[1] * x_ND.dtype.itemsize
+    chunks = 1 if at_once else _chunks(rows, row_bytes, k / here)
     one = functools.partial(_chunk, apply, config)
     if chunks == 1:
         return one(x_ND, chosen_Nk, affinity_Nk, weights)

@@ -79,9 +79,10 @@ class Experts(nnx.Module):
         tensor = _is_cut(in_EFD, "tensor")
 
         tables = () if self.slots is None else (self.slots_EX[...],)
-        # Where layers are no loop there are few of them, and memory for SwiGLU's results.
-        looped = self.gate_EFD.get_metadata("looped")
-        apply = functools.partial(apply_experts, keep_result=not looped)
+        # Where layers are no loop there are few of them, and memory for SwiGLU's results
+        # and for the rows of all tokens.
+        few = not self.gate_EFD.get_metadata("looped")
+        apply = functools.partial(apply_experts, keep_result=few)
 
         def local(x_BTD, chosen_BTk, affinity_BTk, weights, within, tables, layers):
             tokens = x_BTD, chosen_BTk, affinity_BTk
@@ -94,7 +95,7 @@ class Experts(nnx.Module):
                 case _Way.HERE:
                     y_ND = apply(*tokens, weights, *layers)
                 case _Way.DISPATCHED:
-                    y_ND = dispatched(apply, *tokens, weights, self.config)
+                    y_ND = dispatched(apply, *tokens, weights, self.config, at_once=few)
                 case _Way.ALL_SEE_ALL:
                     gather = "expert" in axes_of(batch)
                     y_ND = _all_see_all(
