@@ -90,7 +90,7 @@ def counted(config: Moe, *, devices: int, tokens: int, skewed: bool) -> Counted:
     bias_E = bias_E if config.selection_bias else None
 
     def count(chosen_Nk):
-        plan = dispatch._plan(chosen_Nk, config)
+        plan = dispatch._to_some(chosen_Nk, config)
         me, apiece = jax.lax.axis_index("expert"), config.num_experts // devices
         real_J = plan.device_J < devices
         token_J = jnp.where(real_J, plan.token_J, tokens)

@@ -37,7 +37,7 @@ from dsjax.config import ModelConfig, Moe
 from dsjax.decode import engine
 from dsjax.decode.sample import Sampling, row_keys
 from dsjax.nn import dispatch as expert_parallel
-from dsjax.nn.exchange import exchange
+from dsjax.nn.exchange import exchange, spread
 from dsjax.nn.options import Precision
 from dsjax.nn.router import route
 from dsjax.nn.transformer import Transformer
@@ -127,18 +127,21 @@ def dispatch(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
             for program in (_there, _there_and_back)
         )
         parts = mesh.shape["expert"]
-        away = rows_that_leave(chosen_Nk, tokens, parts, config.num_experts)
-        sent = away * width * BYTES / mesh.size  # one way, of one GPU
+        away = rows_that_leave(chosen_Nk, tokens, parts, config.num_experts) / mesh.size
+        all_to_all = expert_parallel.destinations(config, parts) == parts
+        row = width * BYTES / 1e6
+        sent = row * (tokens * (parts - 1) if all_to_all else away)  # MB, one way
         yield {
             "work": "dispatch",
             "gpus": mesh.size,
             "experts_over": parts,
             "tokens_each": tokens,
-            "sent_mb_each": round(sent / 1e6, 2),
+            "needed_mb_each": round(row * away, 2),
+            "sent_mb_each": round(sent, 2),
             "there_ms": round(1e3 * there, 3),
-            "there_gb_per_second_each": round(sent / there / 1e9, 2),
+            "there_gb_per_second_each": round(sent / 1e3 / there, 2),
             "there_and_back_ms": round(1e3 * back, 3),
-            "gb_per_second_each": round(2 * sent / back / 1e9, 2),
+            "gb_per_second_each": round(2 * sent / 1e3 / back, 2),
         }
 
 
@@ -155,10 +158,12 @@ def _there_and_back(config: Moe, x_ND, chosen_Nk, affinity_Nk, weights_E1):
 
 
 def _there(config: Moe, x_ND, chosen_Nk, *_):
-    """The first round's rows, as a device receives them; each goes as it lies, without
+    """The first round's rows, as a device receives them. They go as they lie, without
     being gathered.
     """
     plan = expert_parallel._plan(chosen_Nk, config)
+    if isinstance(plan, expert_parallel._ToAll):
+        return spread(x_ND, expert_parallel.AXIS)
     x_JD = jnp.resize(x_ND, (len(plan.token_J), x_ND.shape[1]))
     return exchange(x_JD, plan.lanes(0))
 

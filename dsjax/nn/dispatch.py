@@ -3,7 +3,9 @@
 A token's row crosses once to each device that holds any of its experts, with the choices
 and affinities beside it; there it fans out to those experts, and their weighted sum comes
 back. V2's device-limited and V3's node-limited routing bound the number of devices (V2,
-section 2.2.2; V3, section 2.1.2).
+section 2.2.2; V3, section 2.1.2). Where they do not, and each device may be needed by
+each token, all rows go to all devices: about as many, with nothing to plan, and collectives
+of fixed sizes.
 
 Shapes are static and no row is lost, whatever the routing. A device has room for SLACK
 times the rows that even routing brings; what does not fit waits for a further round, and
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import Moe
-from dsjax.nn.exchange import Lanes, exchange, lanes
+from dsjax.nn.exchange import Lanes, collect, exchange, lanes, spread
 from dsjax.nn.groups import equal_parts
 from dsjax.nn.rows import (
     count,
@@ -127,15 +129,53 @@ class _Plan:
         )
 
 
-def _plan(chosen_Nk: Array, config: Moe) -> _Plan:
-    """Cuts the rows into rounds: a device's rows in order, until their experts there
-    fill its room.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class _ToAll:
+    """All rows are on all devices. here: the chosen experts that are on this one, -1 for
+    others. round: when a row's turn is. rounds, room: as in `_Plan`.
     """
+
+    here_Mk: Any
+    round_M: Any
+    rounds: Any
+    room: int = field(metadata={"static": True})
+
+
+def _room(chosen_Nk: Array, config: Moe) -> tuple[int, int]:
+    """Rows of experts that a device has room for, and how many of one token."""
     (N, k), P = chosen_Nk.shape, jax.lax.axis_size(AXIS)
-    apiece = config.num_experts // P
-    most, at_once = destinations(config, P), min(k, apiece)
+    at_once = min(k, config.num_experts // P)
     room = math.ceil((SLACK * N * k + at_once) / TILE) * TILE
-    room = min(room, P * N * at_once)
+    return min(room, P * N * at_once), at_once
+
+
+def _plan(chosen_Nk: Array, config: Moe) -> _Plan | _ToAll:
+    """Who gets which row when: a device's rows in order, until their experts there fill
+    its room.
+    """
+    P = jax.lax.axis_size(AXIS)
+    if destinations(config, P) == P:
+        return _to_all(chosen_Nk, config)
+    return _to_some(chosen_Nk, config)
+
+
+def _to_all(chosen_Nk: Array, config: Moe) -> _ToAll:
+    room, at_once = _room(chosen_Nk, config)
+    apiece = config.num_experts // jax.lax.axis_size(AXIS)
+    chosen_Mk = jax.lax.all_gather(chosen_Nk, AXIS, tiled=True)
+    here_Mk = chosen_Mk - jax.lax.axis_index(AXIS) * apiece
+    here_Mk = jnp.where((here_Mk >= 0) & (here_Mk < apiece), here_Mk, -1)
+    experts_M = (here_Mk >= 0).sum(axis=1, dtype=jnp.int32)
+    round_M = (jnp.cumsum(experts_M) - experts_M) // (room - at_once + 1)
+    rounds = jax.lax.pmax(round_M.max() + 1, AXES)
+    return _ToAll(here_Mk=here_Mk, round_M=round_M, rounds=rounds, room=room)
+
+
+def _to_some(chosen_Nk: Array, config: Moe) -> _Plan:
+    (N, k), P = chosen_Nk.shape, jax.lax.axis_size(AXIS)
+    apiece, most = config.num_experts // P, destinations(config, P)
+    room, at_once = _room(chosen_Nk, config)
 
     device_Nk = jnp.where(chosen_Nk < config.num_experts, chosen_Nk // apiece, P)
     device_Nk = jnp.sort(device_Nk, axis=1)
@@ -171,8 +211,14 @@ def _plan(chosen_Nk: Array, config: Moe) -> _Plan:
     )
 
 
-def _round(apply, config, plan, number, x_ND, chosen_Nk, affinity_Nk, weights):
+def _round(apply, plan, number, x_ND, chosen_Nk, affinity_Nk, weights):
     """What the rows of one round add to their tokens."""
+    options = {"most": plan.room, "expected": chosen_Nk.size}
+    if isinstance(plan, _ToAll):
+        here_Mk = jnp.where(plan.round_M[:, None] == number, plan.here_Mk, -1)
+        x_MD, affinity_Mk = (spread(rows, AXIS) for rows in (x_ND, affinity_Nk))
+        y_MD = apply(x_MD, here_Mk, affinity_Mk, weights, **options)
+        return collect(y_MD.astype(x_ND.dtype), AXIS)
     there, k = plan.lanes(number), chosen_Nk.shape[1]
     told_N2k = jnp.concatenate([chosen_Nk.astype(jnp.float32), affinity_Nk], axis=1)
     x_MD, told_M2k = (
@@ -187,8 +233,7 @@ def _round(apply, config, plan, number, x_ND, chosen_Nk, affinity_Nk, weights):
         jnp.where(real_M[:, None], here_Mk, -1),
         told_M2k[:, k:],
         weights,
-        most=plan.room,
-        expected=chosen_Nk.size,
+        **options,
     )
     y_JD = exchange(y_MD.astype(x_ND.dtype), there.back)
     return sum_rows(y_JD, plan.places_NR, plan.token_J)
@@ -204,7 +249,7 @@ def _chunk(apply, config, x_ND, chosen_Nk, affinity_Nk, weights):
 
 def _chunk_forward(apply, config, x_ND, chosen_Nk, affinity_Nk, weights):
     plan = _plan(chosen_Nk, config)
-    step = _stepper(apply, config, plan, chosen_Nk)
+    step = _stepper(apply, plan, chosen_Nk)
     first, back = jax.vjp(functools.partial(step, 0), x_ND, affinity_Nk, weights)
 
     def further(state):
@@ -217,7 +262,7 @@ def _chunk_forward(apply, config, x_ND, chosen_Nk, affinity_Nk, weights):
 
 def _chunk_backward(apply, config, saved, dy_ND):
     back, plan, x_ND, chosen_Nk, affinity_Nk, weights = saved
-    step = _stepper(apply, config, plan, chosen_Nk)
+    step = _stepper(apply, plan, chosen_Nk)
 
     def further(state):
         number, sums = state
@@ -235,13 +280,11 @@ def _chunk_backward(apply, config, saved, dy_ND):
 _chunk.defvjp(_chunk_forward, _chunk_backward)
 
 
-def _stepper(apply, config, plan, chosen_Nk):
+def _stepper(apply, plan, chosen_Nk):
     """One round as a function of its number and of what has a gradient."""
 
     def step(number, x_ND, affinity_Nk, weights):
-        return _round(
-            apply, config, plan, number, x_ND, chosen_Nk, affinity_Nk, weights
-        )
+        return _round(apply, plan, number, x_ND, chosen_Nk, affinity_Nk, weights)
 
     return step
 

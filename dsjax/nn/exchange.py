@@ -1,8 +1,9 @@
-"""Sending uneven numbers of rows between the devices of a mesh axis.
+"""Sending rows between the devices of a mesh axis: uneven numbers of them, or all.
 
-Everything here runs inside `shard_map`. Letters: P devices of the axis.
+Everything here runs inside `shard_map`. Letters: P devices of the axis, N rows of each.
 """
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +109,43 @@ def _exchange_backward(lanes, dy):
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def spread(x: Float[Array, "N ..."], axis: str) -> Float[Array, "PN ..."]:
+    """The rows of all devices, device 0's first."""
+    return jax.lax.all_gather(x, axis, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def collect(y: Float[Array, "PN ..."], axis: str) -> Float[Array, "N ..."]:
+    """Each device's own rows, summed in float32 over what the devices have for them."""
+    y = jax.lax.all_to_all(y, axis, 0, 0, tiled=True)
+    devices = jax.lax.axis_size(axis)
+    return y.reshape(devices, -1, *y.shape[1:]).astype(jnp.float32).sum(axis=0)
+
+
+# The empty arrays carry dtypes from one direction to the other.
+
+
+def _spread_forward(x, axis):
+    return spread(x, axis), jnp.zeros(0, x.dtype)
+
+
+def _spread_backward(axis, like, dy):
+    return (collect(dy, axis).astype(like.dtype),)
+
+
+def _collect_forward(y, axis):
+    return collect(y, axis), jnp.zeros(0, y.dtype)
+
+
+def _collect_backward(axis, like, dx):
+    return (spread(dx.astype(like.dtype), axis),)
+
+
+spread.defvjp(_spread_forward, _spread_backward)
+collect.defvjp(_collect_forward, _collect_backward)
 
 
 def _native(axis: str):

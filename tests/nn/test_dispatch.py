@@ -1,4 +1,9 @@
-"""Rows travel to their experts and back: on one device and on eight, the same sums."""
+"""Rows travel to their experts and back: on one device and on all, the same sums.
+
+On simulated CPU devices there are eight. On the GPUs of a host:
+
+    JAX_PLATFORMS=cuda JAX_DEFAULT_MATMUL_PRECISION=highest pytest -n 0 tests/nn/test_dispatch.py
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -21,7 +26,7 @@ from tests.support import rounds
 N, D, F, E, K = 64, 16, 8, 16, 4  # tokens, model, expert width, experts, chosen
 FREE = Moe(num_experts=E, num_shared=0, top_k=K, width=F)
 GROUPED = replace(FREE, groups=Groups(count=4, kept=2, score=GroupScore.MAX))
-SIZES = {"data": 2, "expert": 4}
+DEVICES = jax.device_count()
 ROWS = P(("data", "expert"))
 
 
@@ -63,8 +68,8 @@ def wanted(chosen_Nk):
     return y_ND, *back(dy_ND)
 
 
-def found(chosen_Nk, config: Moe):
-    """The same by eight."""
+def found(chosen_Nk, config: Moe, sizes: dict[str, int]):
+    """The same by all."""
 
     def local(chosen_Nk, x_ND, affinity_Nk, *weights):
         return dispatch.dispatched(
@@ -81,11 +86,12 @@ def found(chosen_Nk, config: Moe):
         y_ND, back = jax.vjp(partial(mapped, chosen_Nk), *arrays)
         return y_ND, *back(dy_ND)
 
-    with jax.set_mesh(make_mesh(**SIZES)):
+    with jax.set_mesh(make_mesh(**sizes)):
         return jax.jit(many)(jnp.asarray(chosen_Nk), *operands())
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize(
     ("name", "config", "least"),
     [
@@ -97,13 +103,17 @@ def found(chosen_Nk, config: Moe):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_sums_and_gradients(name, config, least, chunks, monkeypatch):
-    """`least` rounds; rows in all at once and in chunks."""
+def test_sums_and_gradients(name, config, least, data, chunks, monkeypatch):
+    """`least` rounds; rows in all at once and in chunks. Of eight devices, free rows go
+    to all of four, but not to all of eight.
+    """
     monkeypatch.setattr(dispatch, "TILE", 1)
-    monkeypatch.setattr(dispatch, "CHUNK_BYTES", N // 8 * K * D * 4 // chunks)
-    chosen_Nk = choices(name)
-    assert rounds(chosen_Nk, config, d_model=D, **SIZES) >= (chunks, least)
-    for got, array in zip(found(chosen_Nk, config), wanted(chosen_Nk), strict=True):
+    monkeypatch.setattr(dispatch, "CHUNK_BYTES", N // DEVICES * K * D * 4 // chunks)
+    chosen_Nk, sizes = choices(name), {"data": data, "expert": DEVICES // data}
+    least = chunks, min(least, sizes["expert"])
+    assert rounds(chosen_Nk, config, d_model=D, **sizes) >= least
+    arrays = zip(found(chosen_Nk, config, sizes), wanted(chosen_Nk), strict=True)
+    for got, array in arrays:
         np.testing.assert_allclose(got, array, atol=1e-5 * np.abs(array).max())
 
 
@@ -131,6 +141,7 @@ def test_a_group_may_lie_across_devices():
     assert dispatch.destinations(moe, 3) == 2
 
 
+@pytest.mark.skipif(DEVICES < 4, reason="needs four devices")
 def test_exchange_is_what_it_says(rng):
     """Against numpy, and its gradient is the way back."""
     devices, rows, room = 4, 12, 40
