@@ -128,9 +128,10 @@ def dispatch(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
         )
         parts = mesh.shape["expert"]
         away = rows_that_leave(chosen_Nk, tokens, parts, config.num_experts) / mesh.size
-        all_to_all = expert_parallel.destinations(config, parts) == parts
+        with jax.set_mesh(mesh):
+            to_all = expert_parallel.go_to_all(config, parts)
         row = width * BYTES / 1e6
-        sent = row * (tokens * (parts - 1) if all_to_all else away)  # MB, one way
+        sent = row * (tokens * (parts - 1) if to_all else away)  # MB, one way
         yield {
             "work": "dispatch",
             "gpus": mesh.size,

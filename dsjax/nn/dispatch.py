@@ -4,8 +4,8 @@ A token's row crosses once to each device that holds any of its experts, with th
 and affinities beside it; there it fans out to those experts, and their weighted sum comes
 back. V2's device-limited and V3's node-limited routing bound the number of devices (V2,
 section 2.2.2; V3, section 2.1.2). Where they do not, and each device may be needed by
-each token, all rows go to all devices: about as many, with nothing to plan, and collectives
-of fixed sizes.
+each token, all rows go to all devices: about as many, with nothing to plan, by copies of
+fixed sizes. So they do between the GPUs of a host.
 
 Shapes are static and no row is lost, whatever the routing. A device has room for SLACK
 times the rows that even routing brings; what does not fit waits for a further round, and
@@ -45,6 +45,7 @@ AXIS = "expert"
 SLACK = 1.25
 TILE = 128  # the room is a multiple of it, or rows are copied for their alignment
 CHUNK_BYTES = 2**28  # of rows that even routing brings to a device, and of them
+GPUS_OF_A_HOST = 8  # at most
 CHUNK_ROWS = 4096  # an expert: its weights are read for enough, more takes memory alone
 
 Experts = Callable[..., Float[Array, "N D"]]
@@ -90,6 +91,17 @@ def destinations(config: Moe, devices: int) -> int:
         for first in range(0, config.num_experts, size)
     )
     return min(most, config.groups.kept * max(spans))
+
+
+def go_to_all(config: Moe, devices: int) -> bool:
+    """Whether rows go to all devices of the axis: if each may have to; and between GPUs
+    of one host, where links are quick and XLA's uneven exchange is not
+    (benchmarks/gpus.md).
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    is_gpu = device is not None and device.device_kind.startswith("NVIDIA")
+    most = destinations(config, devices)
+    return most == devices or (is_gpu and devices <= GPUS_OF_A_HOST)
 
 
 def _chunks(rows: int, row_bytes: int, expert_rows: float) -> int:
@@ -154,8 +166,7 @@ def _plan(chosen_Nk: Array, config: Moe) -> _Plan | _ToAll:
     """Who gets which row when: a device's rows in order, until their experts there fill
     its room.
     """
-    P = jax.lax.axis_size(AXIS)
-    if destinations(config, P) == P:
+    if go_to_all(config, jax.lax.axis_size(AXIS)):
         return _to_all(chosen_Nk, config)
     return _to_some(chosen_Nk, config)
 
@@ -163,7 +174,7 @@ def _plan(chosen_Nk: Array, config: Moe) -> _Plan | _ToAll:
 def _to_all(chosen_Nk: Array, config: Moe) -> _ToAll:
     room, at_once = _room(chosen_Nk, config)
     apiece = config.num_experts // jax.lax.axis_size(AXIS)
-    chosen_Mk = jax.lax.all_gather(chosen_Nk, AXIS, tiled=True)
+    chosen_Mk = spread(chosen_Nk, AXIS)
     here_Mk = chosen_Mk - jax.lax.axis_index(AXIS) * apiece
     here_Mk = jnp.where((here_Mk >= 0) & (here_Mk < apiece), here_Mk, -1)
     experts_M = (here_Mk >= 0).sum(axis=1, dtype=jnp.int32)
