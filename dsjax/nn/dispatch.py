@@ -99,7 +99,7 @@ def go_to_all(config: Moe, devices: int) -> bool:
     (benchmarks/gpus.md).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    is_gpu = device is not None and device.device_kind.startswith("NVIDIA")
+    is_gpu = device is not None and device.platform == "gpu"
     most = destinations(config, devices)
     return most == devices or (is_gpu and devices <= GPUS_OF_A_HOST)
 

@@ -7,6 +7,7 @@ On simulated CPU devices there are eight. On the GPUs of a host:
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,19 @@ def test_destinations_of_v3(devices, most):
     assert dispatch.destinations(moe, devices) == most
     free = replace(moe, groups=None)
     assert dispatch.destinations(free, devices) == min(8, devices)
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "to_all"),
+    [("tpu", 4, True), ("tpu", 8, False), ("gpu", 8, True), ("gpu", 16, False)],
+)
+def test_rows_of_v3_go_to_all(platform, devices, to_all, monkeypatch):
+    """Where a token may need each device, and between the GPUs of a host."""
+    (moe,) = {segment.feed_forward for segment in models.v3().segments[1:]}
+    device = SimpleNamespace(platform=platform)
+    mesh = SimpleNamespace(abstract_device=device)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert dispatch.go_to_all(moe, devices) is to_all
 
 
 def test_a_group_may_lie_across_devices():
