@@ -4,8 +4,8 @@ A token's row crosses once to each device that holds any of its experts, with th
 and affinities beside it; there it fans out to those experts, and their weighted sum comes
 back. V2's device-limited and V3's node-limited routing bound the number of devices (V2,
 section 2.2.2; V3, section 2.1.2). Where they do not, and each device may be needed by
-each token, all rows go to all devices: about as many, with nothing to plan, by copies of
-fixed sizes. So they do between the GPUs of a host.
+each token, all rows go to all devices: about as many, with nothing to plan, by collectives
+of fixed sizes. So they do between the GPUs of a host.
 
 Shapes are static and no row is lost, whatever the routing. A device has room for SLACK
 times the rows that even routing brings; what does not fit waits for a further round, and

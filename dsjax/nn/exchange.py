@@ -113,32 +113,16 @@ exchange.defvjp(_exchange_forward, _exchange_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def spread(x: Num[Array, "N ..."], axis: str) -> Num[Array, "PN ..."]:
-    """The rows of all devices: this one's, then those of the device before, and so on
-    round the axis. Copies from device to device, since on GPUs of a host they need no
-    multiprocessor and wait for nobody else (benchmarks/gpus.md).
-    """
-    return jnp.concatenate([x, *(_shift(x, axis, by) for by in _others(axis))])
+    """The rows of all devices, device 0's first."""
+    return jax.lax.all_gather(x, axis, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def collect(y: Float[Array, "PN ..."], axis: str) -> Float[Array, "N ..."]:
-    """What the devices have for this one's rows, which lie as `spread` has them, summed
-    in float32.
-    """
-    own, *others = jnp.split(y, jax.lax.axis_size(axis))
-    back = (_shift(part, axis, -by) for by, part in zip(_others(axis), others))
-    return sum((part.astype(jnp.float32) for part in back), own.astype(jnp.float32))
-
-
-def _others(axis: str) -> range:
-    return range(1, jax.lax.axis_size(axis))
-
-
-def _shift(x: Array, axis: str, by: int) -> Array:
-    """To the device `by` places further round the axis."""
+    """Each device's own rows, summed in float32 over what the devices have for them."""
+    y = jax.lax.all_to_all(y, axis, 0, 0, tiled=True)
     devices = jax.lax.axis_size(axis)
-    pairs = [(device, (device + by) % devices) for device in range(devices)]
-    return jax.lax.ppermute(x, axis, pairs)
+    return y.reshape(devices, -1, *y.shape[1:]).astype(jnp.float32).sum(axis=0)
 
 
 # The empty arrays carry dtypes from one direction to the other.
