@@ -74,6 +74,7 @@ def mesh_of(gpus: int, data: int = 1) -> Mesh:
 def train(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
     """The step of benchmarks.train_speed, 16 sequences a GPU."""
     experiment, sequences = speed.moe_mla_2b_bf16(), 16
+    experiment = replace(experiment, whole_dense=True)
     if tiny:
         experiment = replace(experiment, model=small(experiment.model), length=32)
         sequences = 2

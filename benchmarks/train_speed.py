@@ -24,6 +24,7 @@ import numpy as np
 from dsjax.count import training_flops
 from dsjax.nn.transformer import Transformer
 from dsjax.sharding import make_mesh
+from dsjax.train.build import sharding_of
 from dsjax.train.experiment import Experiment
 from dsjax.train.override import find
 from dsjax.train.schedule import is_zero
@@ -60,6 +61,7 @@ def parts(experiment: Experiment, **options) -> tuple[Transformer, Step, Rates]:
     """The abstract model, the step that `dsjax train` makes, and rates of a late step."""
     model = Transformer.abstract(
         experiment.model,
+        sharding=sharding_of(experiment),
         precision=experiment.precision,
         remat=experiment.remat,
         unroll=experiment.unroll,
@@ -169,6 +171,7 @@ def measure(
 def fresh_state(experiment: Experiment, model: Transformer) -> TrainState:
     """The state of step 0 on the device."""
     options = {"precision": experiment.precision, "remat": experiment.remat}
+    options["sharding"] = sharding_of(experiment)
     real = Transformer.create(experiment.model, mesh=model.mesh, **options)
     return init_state(real, experiment.optimizer, ema=experiment.ema)
 

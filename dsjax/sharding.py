@@ -12,7 +12,7 @@ only.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import jax
 from jax.experimental import mesh_utils
@@ -63,6 +63,25 @@ class Sharding:
     tokens_BT: P = P(BATCH, None)
     storage: tuple[str, ...] = REST
     state: tuple[str, ...] = ()
+
+
+def with_whole_dense(sharding: Sharding) -> Sharding:
+    """The same with weights outside the experts whole along `expert`: each device of the
+    axis has them, and none is gathered. For few devices with memory to spare.
+    """
+
+    def whole(entry):
+        if isinstance(entry, tuple):
+            return tuple(axis for axis in entry if axis != "expert") or None
+        return None if entry == "expert" else entry
+
+    stay = "expert_in_EFD", "expert_out_EDF", "tokens_BT"
+    specs = {
+        field.name: P(*map(whole, getattr(sharding, field.name)))
+        for field in fields(Sharding)
+        if field.type is P and field.name not in stay
+    }
+    return replace(sharding, **specs, storage=whole(sharding.storage) or ())
 
 
 _MODEL = ("tensor", "expert")

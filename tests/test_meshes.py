@@ -41,7 +41,14 @@ from dsjax.nn import dispatch
 from dsjax.nn.cache import empty_cache
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
-from dsjax.sharding import AXES, SERVING, Sharding, make_mesh
+from dsjax.sharding import (
+    AXES,
+    SERVING,
+    Sharding,
+    axes_of,
+    make_mesh,
+    with_whole_dense,
+)
 from dsjax.train.objective import Objective, losses, shares
 from tests.support import fill, put, rounds
 
@@ -239,6 +246,23 @@ def test_training(name, sizes, expected):
     compare(found, wanted)
     for got, load_LE in zip(found["loads"], wanted["loads"], strict=True):
         np.testing.assert_array_equal(got, load_LE)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}], ids=str)
+def test_training_with_whole_dense_weights(axes, expected):
+    """Only weights of the experts are cut along `expert`."""
+    sizes = {"expert": DEVICES // 2, **axes}
+    model = model_of("moe", with_whole_dense(Sharding()), **sizes)
+    cut = {
+        path
+        for path, weight in flat(model).items()
+        if "expert" in axes_of(*jax.typeof(weight.get_value()).sharding.spec)
+    }
+    experts = {path for path in flat(model) if ".experts." in path}
+    assert cut == experts and len(cut) == 3
+    found = run(loss_and_gradients, model)
+    wanted = expected["moe"][loss_and_gradients]
+    compare(found, wanted)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -19,7 +19,7 @@ from dsjax.data.tokenizer import Tokenizer
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
-from dsjax.sharding import Sharding, make_mesh
+from dsjax.sharding import Sharding, make_mesh, with_whole_dense
 from dsjax.train.experiment import Experiment
 from dsjax.train.step import Step, TrainState, init_state, make_step
 
@@ -107,10 +107,16 @@ def mesh_of(experiment: Experiment) -> Mesh:
     return make_mesh(**asdict(experiment.mesh))
 
 
+def sharding_of(experiment: Experiment) -> Sharding:
+    """Where the experiment's weights and state lie."""
+    sharding = Sharding(state=("data",) if experiment.zero1 else ())
+    return with_whole_dense(sharding) if experiment.whole_dense else sharding
+
+
 def _options(experiment: Experiment, mesh: Mesh) -> dict:
     return {
         "mesh": mesh,
-        "sharding": Sharding(state=("data",) if experiment.zero1 else ()),
+        "sharding": sharding_of(experiment),
         "precision": experiment.precision,
         "remat": experiment.remat,
         "unroll": experiment.unroll,

@@ -62,7 +62,8 @@ class Experiment:
     a step adds up the gradients of batch / microbatch of them. `ema` is the decay of an
     average of the parameters (0: none is kept). `unroll` layers are one body of the
     compiled loop over layers: on few devices more are quicker. With `zero1` the mesh's `data` axis
-    cuts parameters, moments and average, too, and not the batch alone. `initial` names a
+    cuts parameters, moments and average, too, and not the batch alone. With `whole_dense`
+    weights outside the experts are whole on every device along `expert`. `initial` names a
     checkpoint whose weights the run starts from, for an extension to longer sequences.
     """
 
@@ -82,6 +83,7 @@ class Experiment:
     ema: float = 0.0
     mesh: MeshShape = MeshShape()
     zero1: bool = False
+    whole_dense: bool = False
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpoints = Checkpoints()
     initial: str | None = None

@@ -15,8 +15,8 @@ from dsjax import models
 from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
-from dsjax.sharding import Sharding, make_mesh
-from dsjax.train.build import _options
+from dsjax.sharding import Sharding, make_mesh, with_whole_dense
+from dsjax.train.build import _options, sharding_of
 from dsjax.train.objective import Objective
 from dsjax.train.optimizer import AdamW
 from dsjax.train.schedule import Progress
@@ -142,3 +142,10 @@ def test_an_experiment_asks_for_it():
     mesh = make_mesh(data=2)
     assert _options(experiment, mesh)["sharding"] == ZERO1
     assert _options(tiny.run(), mesh)["sharding"] == Sharding()
+
+
+def test_an_experiment_asks_for_whole_dense_weights():
+    experiment = replace(tiny.run(), whole_dense=True)
+    sharding = sharding_of(experiment)
+    assert sharding == with_whole_dense(Sharding()) != Sharding()
+    assert sharding.storage == ("fsdp",) and sharding.in_FD == P("tensor", "fsdp")
