@@ -45,7 +45,8 @@ def _lying(w: Matrices) -> tuple[Array, Array]:
     """Matrices one after the other, and which of them is the first group's: of a layer
     among all layers no copy is made.
     """
-    if isinstance(w, OfLayer) and not any(size % LINE for size in w.shape[1:]):
+    whole = all(size % LINE == 0 and size > LINE for size in w.shape[1:])
+    if isinstance(w, OfLayer) and whole:
         first = w.layer.astype(jnp.int32) * w.shape[0]
         return w.stack_YGNK.reshape(-1, *w.shape[1:]), first[None]
     return padded(apart(w), LINE, LINE), jnp.zeros(1, jnp.int32)

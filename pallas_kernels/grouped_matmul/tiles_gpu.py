@@ -51,8 +51,6 @@ def lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
         return f"takes no empty operands ({rows} rows, {shape})"
     if dtype != jnp.bfloat16:
         return f"takes bfloat16 ({dtype})"
-    if min(shape[-2:]) <= LINE:  # wrong on a GPU at K = 64, for a reason not found
-        return f"takes N and K above {LINE} ({shape})"
     return "" if _is_hopper() else "needs a GPU of Hopper's generation"
 
 

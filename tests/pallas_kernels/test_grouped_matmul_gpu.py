@@ -156,6 +156,7 @@ aot = pytest.mark.aot
         pytest.param("swiglu", (24576, 64, 1408, 2048), "bfloat16", marks=aot),
         pytest.param("product", (2043, 3, 192, 320), "bfloat16", marks=aot),
         pytest.param("swiglu", (100, 3, 200, 104), "bfloat16", marks=aot),
+        pytest.param("product", (2048, 5, 896, 64), "bfloat16", marks=aot),
     ],
     ids=str,
 )
@@ -168,8 +169,16 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
         assert int(printed.split("temporaries:")[1]) < 2**24
 
 
-# Rows a group decide which blocks share matrices: small, medium and large groups.
-SHAPES = {16: (256, 384), 4: (192, 320), 3: (896, 128), 2: (200, 104)}  # groups: N, K
+# Rows a group decide which blocks share matrices: small, medium and large groups. Two
+# have sizes of one line. Groups: N, K.
+SHAPES = {
+    16: (256, 384),
+    4: (192, 320),
+    3: (896, 128),
+    2: (200, 104),
+    5: (896, 64),
+    6: (64, 704),
+}
 
 
 def uneven_sizes(groups):
