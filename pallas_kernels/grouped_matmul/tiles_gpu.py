@@ -87,14 +87,18 @@ def row_tiles(
     return best._replace(pair=pair, band=32 if small else 8)
 
 
-def weight_tiles(outer: int, inner: int) -> Tiles:
-    """For gradients by weights: the same, of either axis."""
+def weight_tiles(rows: int, groups: int, outer: int, inner: int) -> Tiles:
+    """For gradients by weights: the same, of either axis. Two blocks read x together
+    where groups are not large, if no tile is left over.
+    """
 
     def multiplied(tiles: Tiles) -> int:
         down, across = pl.cdiv(outer, tiles.rows), pl.cdiv(inner, tiles.columns)
         return down * tiles.rows * across * tiles.columns
 
-    return min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+    best = min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+    even = pl.cdiv(outer, best.rows) % 2 == 0
+    return best._replace(pair=best.rows == 128 and even and rows < LARGE * groups)
 
 
 class Schedule(NamedTuple):

@@ -78,8 +78,8 @@ def test_tiles_multiply_few_columns_in_vain():
     assert sizes(896, turned=True) == (128, 224)
     assert sizes(896, turned=False) == (256, 128)
     assert sizes(896, turned=True, parts=2) == (128, 256)
-    assert weight_tiles(896, 1280)[:2] == (128, 256)
-    assert weight_tiles(1280, 896)[:2] == (256, 128)
+    assert weight_tiles(32768, 64, 896, 1280)[:2] == (128, 256)
+    assert weight_tiles(32768, 64, 1280, 896)[:2] == (256, 128)
 
 
 def test_blocks_share_matrices_of_small_and_of_large_groups():
@@ -87,6 +87,12 @@ def test_blocks_share_matrices_of_small_and_of_large_groups():
         row_tiles(rows, 64, 512, turned=True).pair for rows in (2**13, 2**15, 2**17)
     ]
     assert pairs == [True, False, True]
+
+
+def test_blocks_share_x_where_no_tile_is_left_over():
+    assert weight_tiles(2**15, 64, 2816, 2048).pair
+    assert not weight_tiles(2**15, 64, 1408, 2048).pair
+    assert not weight_tiles(2**17, 64, 2816, 2048).pair
 
 
 def test_what_it_does_not_take_is_said():
