@@ -119,7 +119,7 @@ def multiply_rows(
     (M, inner), (_, *matrix) = xs[0].shape, ws[0].shape
     outer = matrix[0 if turned else 1]
     parts = len(ws) // len(xs)
-    tiles = tiles or row_tiles(M, groups, outer, turned=turned, parts=parts)
+    tiles = tiles or row_tiles(M, groups, outer, inner, turned=turned, parts=parts)
     scaled, dtype = scale_M is not None, xs[0].dtype
     plan = _RowsPlan(
         *(tiles, turned, len(xs), len(ws), scaled, products),

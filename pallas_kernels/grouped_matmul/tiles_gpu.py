@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 SMS = 132  # of an H100 or H200: blocks of the grid
 SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
+LONG = 4096  # elements of a row
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
 
 
@@ -64,14 +65,14 @@ def _is_hopper() -> bool:
 
 
 def row_tiles(
-    rows: int, groups: int, outer: int, *, turned: bool, parts: int = 1
+    rows: int, groups: int, outer: int, inner: int, *, turned: bool, parts: int = 1
 ) -> Tiles:
     """For products of rows: those that multiply the fewest columns in vain. Matrices
     whose columns are contiguous (not `turned`) come in whole lines.
 
     Two blocks read a matrix together where groups are so small that reading is all, or
-    so large that few tiles are not full; where they are small, all columns of a row of
-    tiles at once, too.
+    so large that few tiles are not full, but for LONG rows, where waiting for each other
+    costs more. Where they are small, all columns of a row of tiles at once, too.
     """
     candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
     unit = LINE // 2 if turned else LINE
@@ -83,7 +84,7 @@ def row_tiles(
 
     best = min(whole, key=multiplied)
     small, large = rows < SMALL * groups, rows >= LARGE * groups
-    pair = best.rows == 128 and (small or large)
+    pair = best.rows == 128 and (small or large and inner <= LONG)
     return best._replace(pair=pair, band=32 if small else 8)
 
 

@@ -72,7 +72,7 @@ def test_a_walk_meets_every_tile_once(down, across):
 
 def test_tiles_multiply_few_columns_in_vain():
     def sizes(outer, **options):
-        return row_tiles(32768, 64, outer, **options)[:2]
+        return row_tiles(32768, 64, outer, 1024, **options)[:2]
 
     assert sizes(4096, turned=True) == (128, 256)
     assert sizes(896, turned=True) == (128, 224)
@@ -83,10 +83,12 @@ def test_tiles_multiply_few_columns_in_vain():
 
 
 def test_blocks_share_matrices_of_small_and_of_large_groups():
-    pairs = [
-        row_tiles(rows, 64, 512, turned=True).pair for rows in (2**13, 2**15, 2**17)
-    ]
-    assert pairs == [True, False, True]
+    def tiles(rows, inner):
+        return row_tiles(rows, 64, 512, inner, turned=True)
+
+    sizes = 2**13, 2**15, 2**17
+    assert [tiles(rows, 1024).pair for rows in sizes] == [True, False, True]
+    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, False]
 
 
 def test_blocks_share_x_where_no_tile_is_left_over():
