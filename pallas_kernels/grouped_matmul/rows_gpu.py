@@ -33,6 +33,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     Schedule,
     Tiles,
     place,
+    place_by_group,
     row_tiles,
     schedule,
     tile_count,
@@ -180,11 +181,16 @@ class _Rows:
         """Group, first row, rows of the group, first column, and how often to multiply
         with each matrix: never for surplus rows, which so get zeros.
         """
-        tiles = self.plan.tiles
-        number, column = walk(index, self.down, self.plan.across, tiles.band)
-        group, start, count = place(self.schedule, number, tiles.all_rows)
-        steps = jnp.where(group < self.plan.groups, self.plan.steps, 0)
-        return group, start, count, column * self.plan.width, steps
+        plan, tiles = self.plan, self.plan.tiles
+        if tiles.by_group:
+            group, start, count, column = place_by_group(
+                self.schedule, index, plan.across, tiles.all_rows, tiles.band
+            )
+        else:
+            number, column = walk(index, self.down, plan.across, tiles.band)
+            group, start, count = place(self.schedule, number, tiles.all_rows)
+        steps = jnp.where(group < plan.groups, plan.steps, 0)
+        return group, start, count, column * plan.width, steps
 
     def above(self, warpgroup):
         """Rows of a tile before those of a warpgroup. The blocks of a pair take turns, so

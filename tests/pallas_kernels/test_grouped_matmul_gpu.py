@@ -13,6 +13,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     by_size,
     place,
+    place_by_group,
     row_tiles,
     schedule,
     tile_count,
@@ -48,6 +49,26 @@ def test_every_row_is_in_one_tile(sizes, tile):
     surplus = len(sizes), M - sum(sizes)
     expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
     np.testing.assert_array_equal(owner, expected)
+
+
+@each_sizes
+@pytest.mark.parametrize(("across", "band"), [(1, 16), (7, 16), (7, 2)])
+def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, band):
+    tile = 128
+    tiles = schedule(jnp.asarray(sizes), M, tile)
+    owner, groups = np.full((M, across), -1), []
+    for index in range(int(tile_count(tiles, M, tile)) * across):
+        found = place_by_group(tiles, index, across, tile, band)
+        group, start, count, column = map(int, found)
+        rows = slice(start, start + count)
+        assert count > 0
+        assert (owner[rows, column] == -1).all()
+        owner[rows, column] = group
+        groups.append(group)
+    surplus = len(sizes), M - sum(sizes)
+    expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
+    np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
+    assert groups == sorted(groups)
 
 
 @each_sizes
@@ -89,6 +110,7 @@ def test_blocks_share_matrices_of_small_and_of_large_groups():
     sizes = 2**13, 2**15, 2**17
     assert [tiles(rows, 1024).pair for rows in sizes] == [True, False, True]
     assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, False]
+    assert [tiles(rows, 1024).by_group for rows in sizes] == [True, True, False]
 
 
 def test_blocks_share_x_where_no_tile_is_left_over():
