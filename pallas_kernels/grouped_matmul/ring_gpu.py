@@ -173,9 +173,11 @@ def call(kernel: Callable, outputs: list, *operands: Array, blocks: int = 1):
 
 def padded(a: Array, *multiples: int) -> Array:
     """With zeros up to multiples of these in its last axes; 2-dimensional ones with a
-    tile's rows at least. No copy is made where it is so already.
+    tile's rows at least, and at least two lines wide: Mosaic drops the index of an axis
+    that has one, so that what lies past the end is stored over what lies before it. No
+    copy is made where it is so already.
     """
-    least = (LEAST_ROWS, 0) if a.ndim == 2 else (0, 0)
+    least = (LEAST_ROWS if a.ndim == 2 else 2 * LINE, 2 * LINE)
     sizes = [
         max(pl.cdiv(size, multiple) * multiple, floor)
         for size, multiple, floor in zip(a.shape[-2:], multiples, least)

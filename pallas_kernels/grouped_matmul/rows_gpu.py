@@ -33,6 +33,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     Schedule,
     Tiles,
     place,
+    place_by_group,
     row_tiles,
     schedule,
     tile_count,
@@ -45,7 +46,8 @@ def _lying(w: Matrices) -> tuple[Array, Array]:
     """Matrices one after the other, and which of them is the first group's: of a layer
     among all layers no copy is made.
     """
-    if isinstance(w, OfLayer) and not any(size % LINE for size in w.shape[1:]):
+    whole = all(size % LINE == 0 and size > LINE for size in w.shape[1:])
+    if isinstance(w, OfLayer) and whole:
         first = w.layer.astype(jnp.int32) * w.shape[0]
         return w.stack_YGNK.reshape(-1, *w.shape[1:]), first[None]
     return padded(apart(w), LINE, LINE), jnp.zeros(1, jnp.int32)
@@ -118,7 +120,7 @@ def multiply_rows(
     (M, inner), (_, *matrix) = xs[0].shape, ws[0].shape
     outer = matrix[0 if turned else 1]
     parts = len(ws) // len(xs)
-    tiles = tiles or row_tiles(M, groups, outer, turned=turned, parts=parts)
+    tiles = tiles or row_tiles(M, groups, outer, inner, turned=turned, parts=parts)
     scaled, dtype = scale_M is not None, xs[0].dtype
     plan = _RowsPlan(
         *(tiles, turned, len(xs), len(ws), scaled, products),
@@ -179,11 +181,16 @@ class _Rows:
         """Group, first row, rows of the group, first column, and how often to multiply
         with each matrix: never for surplus rows, which so get zeros.
         """
-        tiles = self.plan.tiles
-        number, column = walk(index, self.down, self.plan.across, tiles.band)
-        group, start, count = place(self.schedule, number, tiles.all_rows)
-        steps = jnp.where(group < self.plan.groups, self.plan.steps, 0)
-        return group, start, count, column * self.plan.width, steps
+        plan, tiles = self.plan, self.plan.tiles
+        if tiles.by_group:
+            group, start, count, column = place_by_group(
+                self.schedule, index, plan.across, tiles.all_rows, tiles.band
+            )
+        else:
+            number, column = walk(index, self.down, plan.across, tiles.band)
+            group, start, count = place(self.schedule, number, tiles.all_rows)
+        steps = jnp.where(group < plan.groups, plan.steps, 0)
+        return group, start, count, column * plan.width, steps
 
     def above(self, warpgroup):
         """Rows of a tile before those of a warpgroup. The blocks of a pair take turns, so

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 SMS = 132  # of an H100 or H200: blocks of the grid
 SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
+LONG = 4096  # elements of a row
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
 
 
@@ -24,8 +25,9 @@ class Tiles(NamedTuple):
     columns: int
     stages: int = 4  # buffers of operands
     leaving: int = 2  # buffers of results, a warpgroup
-    band: int = 8  # columns of tiles that are walked together
+    band: int = 8  # columns of tiles that are walked together; by group, rows of tiles
     pair: bool = False  # two blocks of a cluster share a matrix, each has its own rows
+    by_group: bool = False  # all of a group's tiles follow each other
 
     @property
     def blocks(self) -> int:
@@ -51,8 +53,6 @@ def lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
         return f"takes no empty operands ({rows} rows, {shape})"
     if dtype != jnp.bfloat16:
         return f"takes bfloat16 ({dtype})"
-    if min(shape[-2:]) <= LINE:  # wrong on a GPU at K = 64, for a reason not found
-        return f"takes N and K above {LINE} ({shape})"
     return "" if _is_hopper() else "needs a GPU of Hopper's generation"
 
 
@@ -66,14 +66,15 @@ def _is_hopper() -> bool:
 
 
 def row_tiles(
-    rows: int, groups: int, outer: int, *, turned: bool, parts: int = 1
+    rows: int, groups: int, outer: int, inner: int, *, turned: bool, parts: int = 1
 ) -> Tiles:
     """For products of rows: those that multiply the fewest columns in vain. Matrices
     whose columns are contiguous (not `turned`) come in whole lines.
 
     Two blocks read a matrix together where groups are so small that reading is all, or
-    so large that few tiles are not full; where they are small, all columns of a row of
-    tiles at once, too.
+    so large that few tiles are not full, but for LONG rows, where waiting for each other
+    costs more. Groups that are not large are walked one after the other: their matrices
+    are read from memory, each once.
     """
     candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
     unit = LINE // 2 if turned else LINE
@@ -85,18 +86,24 @@ def row_tiles(
 
     best = min(whole, key=multiplied)
     small, large = rows < SMALL * groups, rows >= LARGE * groups
-    pair = best.rows == 128 and (small or large)
-    return best._replace(pair=pair, band=32 if small else 8)
+    pair = best.rows == 128 and (small or (large and inner <= LONG))
+    if large:
+        return best._replace(pair=pair)
+    return best._replace(pair=pair, by_group=True, band=32 if small else 16)
 
 
-def weight_tiles(outer: int, inner: int) -> Tiles:
-    """For gradients by weights: the same, of either axis."""
+def weight_tiles(rows: int, groups: int, outer: int, inner: int) -> Tiles:
+    """For gradients by weights: the same, of either axis. Two blocks read x together
+    where groups are not large, if no tile is left over.
+    """
 
     def multiplied(tiles: Tiles) -> int:
         down, across = pl.cdiv(outer, tiles.rows), pl.cdiv(inner, tiles.columns)
         return down * tiles.rows * across * tiles.columns
 
-    return min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+    best = min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+    even = pl.cdiv(outer, best.rows) % 2 == 0
+    return best._replace(pair=best.rows == 128 and even and rows < LARGE * groups)
 
 
 class Schedule(NamedTuple):
@@ -145,6 +152,19 @@ def place(tiles: Schedule, number, tile: int):
     return tiles.group[number], start, count
 
 
+def place_by_group(tiles: Schedule, index, across: int, tile: int, band: int):
+    """The same of the tile at a place of the walk, if all of a group's tiles follow each
+    other, and its column: `band` rows of tiles at a time, column by column, so that those
+    that share a part of a matrix are side by side.
+    """
+    number = lax.div(index, across)  # any of the group's
+    first, begin, end = tiles.first[number], tiles.begin[number], tiles.end[number]
+    down = lax.div(end - begin + tile - 1, tile)
+    column, row = walk(index - first * across, across, down, band)
+    start = begin + row * tile
+    return tiles.group[number], start, jnp.clip(end - start, 0, tile), column
+
+
 def running_sum(sizes_G: Int[Array, " G"]) -> Int[Array, " G"]:
     """Where each group ends."""
     index_G = jnp.arange(sizes_G.shape[0])
@@ -172,11 +192,11 @@ def by_size(sizes_G: Int[Array, " G"]) -> Groups:
     return Groups(*(jnp.where(own_RG, a, 0).sum(1) for a in by_rank), ends_G)
 
 
-def walk(index, down, across: int, band: int):
+def walk(index, down, across, band: int):
     """The tile at a place of the walk, as (row, column): `band` columns of tiles at a
     time, row by row, so that what they share stays in the L2 cache.
     """
-    if across <= band:
+    if isinstance(across, int) and across <= band:
         return lax.div(index, across), lax.rem(index, across)
     number = lax.div(index, down * band)
     index = index - number * down * band

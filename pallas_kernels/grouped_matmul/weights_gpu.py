@@ -3,6 +3,8 @@
 Letters: M rows, I inner, O outer, G groups.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,14 +46,17 @@ def weight_gradient(
     wanted = dy_MO.shape[1], x_MI.shape[1]
     dy_MO, x_MI = padded(dy_MO, ALIGN, LINE), padded(x_MI, ALIGN, LINE)
     outer, inner, groups = dy_MO.shape[1], x_MI.shape[1], sizes_G.shape[0]
-    tiles = tiles or weight_tiles(outer, inner)
+    tiles = tiles or weight_tiles(dy_MO.shape[0], groups, outer, inner)
     stages, leaving = tiles.stages, tiles.leaving
     chunk = 128 // jnp.dtype(dtype).itemsize
+    empty = plgpu.Barrier
+    if tiles.pair:
+        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
 
     def kernel(*refs):
         def scope(*buffers):
             block = _Weights(tiles, refs, *buffers)
-            run(block, groups * block.tiles_each)
+            run(block, groups * block.tiles_each, tiles.blocks)
 
         pl.run_scoped(
             scope,
@@ -59,13 +64,14 @@ def weight_gradient(
             smem((stages, LINE, tiles.columns), x_MI.dtype),
             smem((2, leaving, CHUNK_ROWS, chunk), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            empty(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
             collective_axes="warpgroup",
         )
 
     out = jax.ShapeDtypeStruct((groups, outer, inner), dtype)
-    dw_GOI = call(kernel, [out], *by_size(sizes_G), dy_MO, x_MI)[0]
+    operands = (*by_size(sizes_G), dy_MO, x_MI)
+    dw_GOI = call(kernel, [out], *operands, blocks=tiles.blocks)[0]
     return dw_GOI[:, : wanted[0], : wanted[1]]
 
 
@@ -83,7 +89,7 @@ class _Weights:
         self.ring = Ring(tiles.stages, full, free)
         groups, outer, inner = self.dw.shape
         self.last = groups - 1
-        self.down = pl.cdiv(outer, tiles.rows)
+        self.down = pl.cdiv(outer, tiles.all_rows)
         self.across = pl.cdiv(inner, tiles.columns)
         self.tiles_each = self.down * self.across
 
@@ -97,7 +103,9 @@ class _Weights:
         start = lax.div(begin, ALIGN) * ALIGN
         steps = lax.div(end - start + LINE - 1, LINE)
         steps = jnp.where(end > begin, steps, 0)
-        o, i = down * self.tiles.rows, across * self.tiles.columns
+        o, i = down * self.tiles.all_rows, across * self.tiles.columns
+        if self.tiles.pair:  # of rows that are columns of dy
+            o = o + lax.axis_index("pair") * self.tiles.rows
         return rank, o, i, start, steps
 
     def copy_tile(self, index, step):
@@ -111,7 +119,8 @@ class _Weights:
             dy = self.dy.at[rows, pl.ds(o, self.tiles.rows)]
             x = self.x.at[rows, pl.ds(i, self.tiles.columns)]
             plgpu.copy_gmem_to_smem(dy, self.dy_in.at[slot], full)
-            plgpu.copy_gmem_to_smem(x, self.x_in.at[slot], full)
+            axis = "pair" if self.tiles.pair else None
+            plgpu.copy_gmem_to_smem(x, self.x_in.at[slot], full, collective_axes=axis)
             return step + 1
 
         return lax.fori_loop(0, steps, load, step)

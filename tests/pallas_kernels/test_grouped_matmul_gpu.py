@@ -13,6 +13,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     by_size,
     place,
+    place_by_group,
     row_tiles,
     schedule,
     tile_count,
@@ -51,6 +52,26 @@ def test_every_row_is_in_one_tile(sizes, tile):
 
 
 @each_sizes
+@pytest.mark.parametrize(("across", "band"), [(1, 16), (7, 16), (7, 2)])
+def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, band):
+    tile = 128
+    tiles = schedule(jnp.asarray(sizes), M, tile)
+    owner, groups = np.full((M, across), -1), []
+    for index in range(int(tile_count(tiles, M, tile)) * across):
+        found = place_by_group(tiles, index, across, tile, band)
+        group, start, count, column = map(int, found)
+        rows = slice(start, start + count)
+        assert count > 0
+        assert (owner[rows, column] == -1).all()
+        owner[rows, column] = group
+        groups.append(group)
+    surplus = len(sizes), M - sum(sizes)
+    expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
+    np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
+    assert groups == sorted(groups)
+
+
+@each_sizes
 def test_groups_come_by_their_sizes(sizes):
     groups = by_size(jnp.asarray(sizes))
     order = sorted(range(len(sizes)), key=lambda group: -sizes[group])
@@ -72,21 +93,30 @@ def test_a_walk_meets_every_tile_once(down, across):
 
 def test_tiles_multiply_few_columns_in_vain():
     def sizes(outer, **options):
-        return row_tiles(32768, 64, outer, **options)[:2]
+        return row_tiles(32768, 64, outer, 1024, **options)[:2]
 
     assert sizes(4096, turned=True) == (128, 256)
     assert sizes(896, turned=True) == (128, 224)
     assert sizes(896, turned=False) == (256, 128)
     assert sizes(896, turned=True, parts=2) == (128, 256)
-    assert weight_tiles(896, 1280)[:2] == (128, 256)
-    assert weight_tiles(1280, 896)[:2] == (256, 128)
+    assert weight_tiles(32768, 64, 896, 1280)[:2] == (128, 256)
+    assert weight_tiles(32768, 64, 1280, 896)[:2] == (256, 128)
 
 
 def test_blocks_share_matrices_of_small_and_of_large_groups():
-    pairs = [
-        row_tiles(rows, 64, 512, turned=True).pair for rows in (2**13, 2**15, 2**17)
-    ]
-    assert pairs == [True, False, True]
+    def tiles(rows, inner):
+        return row_tiles(rows, 64, 512, inner, turned=True)
+
+    sizes = 2**13, 2**15, 2**17
+    assert [tiles(rows, 1024).pair for rows in sizes] == [True, False, True]
+    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, False]
+    assert [tiles(rows, 1024).by_group for rows in sizes] == [True, True, False]
+
+
+def test_blocks_share_x_where_no_tile_is_left_over():
+    assert weight_tiles(2**15, 64, 2816, 2048).pair
+    assert not weight_tiles(2**15, 64, 1408, 2048).pair
+    assert not weight_tiles(2**17, 64, 2816, 2048).pair
 
 
 def test_what_it_does_not_take_is_said():
@@ -156,6 +186,7 @@ aot = pytest.mark.aot
         pytest.param("swiglu", (24576, 64, 1408, 2048), "bfloat16", marks=aot),
         pytest.param("product", (2043, 3, 192, 320), "bfloat16", marks=aot),
         pytest.param("swiglu", (100, 3, 200, 104), "bfloat16", marks=aot),
+        pytest.param("product", (2048, 5, 896, 64), "bfloat16", marks=aot),
     ],
     ids=str,
 )
@@ -168,8 +199,16 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
         assert int(printed.split("temporaries:")[1]) < 2**24
 
 
-# Rows a group decide which blocks share matrices: small, medium and large groups.
-SHAPES = {16: (256, 384), 4: (192, 320), 3: (896, 128), 2: (200, 104)}  # groups: N, K
+# Rows a group decide which blocks share matrices: small, medium and large groups. Two
+# have sizes of one line. Groups: N, K.
+SHAPES = {
+    16: (256, 384),
+    4: (192, 320),
+    3: (896, 128),
+    2: (200, 104),
+    5: (896, 64),
+    6: (64, 704),
+}
 
 
 def uneven_sizes(groups):
