@@ -31,7 +31,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
-from pallas_kernels.mosaic import copy_rows, load
+from pallas_kernels.mosaic import copy_rows, is_hopper, load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
@@ -52,11 +52,7 @@ def lacks(x: Array, w: Array) -> str:
     N, K = w.shape[-2:]
     if N < FEWEST or K < FEWEST or N % ALIGN or K % ALIGN:
         return f"takes N and K of at least {FEWEST} that {ALIGN} divides"
-    if jax.default_backend() == "gpu":
-        capability = jax.devices()[0].compute_capability
-        if not capability.startswith("9."):
-            return "needs a GPU of Hopper's generation"
-    return ""
+    return "" if is_hopper() else "needs a GPU of Hopper's generation"
 
 
 def dense(

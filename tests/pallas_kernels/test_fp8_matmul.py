@@ -98,6 +98,23 @@ def test_quantised_values_and_scales(rng, name, shape):
         assert (np.abs(back[here] - a[here]) <= bound * (1 + 1e-6)).all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(64, 128), (1001, 384), (3, 50, 1024)], ids=str)
+def test_the_kernel_quantises_as_plain_jax_does(rng, shape, dtype):
+    a = rng.standard_normal(shape) * np.exp(3 * rng.normal(size=(*shape[:-1], 1)))
+    a[..., 0, :128] = 0
+    a = jnp.asarray(a, dtype)
+    q, scale = quantize_rows(a, implementation="hopper")
+    _, expected_scale = quantize_rows(a, implementation="reference")
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
+    values = np.asarray(a.astype(jnp.float32))
+    back, step = np.asarray(dequantize(q, scale)), np.repeat(scale, 128, axis=-1)
+    # Half a step of three bits of mantissa, and of 2**-9 below 2**-6.
+    bound = np.maximum(np.abs(values) * 2**-4, step * 2**-10) * (1 + 1e-6)
+    assert (np.abs(back - values) <= bound).all()
+
+
 @pytest.mark.parametrize("name", QUANTISERS)
 def test_zeros_and_small_values_stay_finite(name):
     quantise, _ = QUANTISERS[name]
@@ -216,10 +233,24 @@ def test_what_the_kernel_does_not_take_is_said():
         fp8_matmul(q, scale, q, scale[:1], implementation="hopper")
 
 
+@pytest.mark.parametrize("shape", [(63, 128), (64, 200)], ids=str)
+def test_what_the_quantiser_does_not_take_is_said(shape):
+    with pytest.raises(NotImplementedError, match=r"64 rows.*128 divides.*shape="):
+        quantize_rows(jnp.ones(shape), implementation="hopper")
+    with pytest.raises(NotImplementedError, match=r"takes bfloat16.*float16"):
+        quantize_rows(jnp.ones((64, 128), jnp.float16), implementation="hopper")
+    with pytest.raises(ValueError, match="'fast' is not one of"):
+        quantize_rows(jnp.ones((64, 128)), implementation="fast")
+
+
 COMPILE = """
-from pallas_kernels.fp8_matmul import fp8_matmul, grouped_fp8_matmul
+from pallas_kernels.fp8_matmul import fp8_matmul, grouped_fp8_matmul, quantize_rows
 
 FP8 = jnp.float8_e4m3fn
+
+
+def compile_quantiser(rows, columns, dtype):
+    jax.jit(quantize_rows).lower(shape(rows, columns, dtype=dtype)).compile()
 
 
 def compile(M, N, K, groups, dtype):
@@ -238,6 +269,8 @@ def compile(M, N, K, groups, dtype):
 
 for case in {shapes}:
     compile(*case)
+compile_quantiser(1001, 7168, jnp.bfloat16)
+compile_quantiser(1024, 384, jnp.float32)
 """
 SHAPES = [  # M, N, K, groups, dtype
     (4096, 576, 7168, None, "bfloat16"),  # V3's latent and rotary part: cut blocks
@@ -254,4 +287,5 @@ MORE = [
     "shapes", [SHAPES, pytest.param(MORE, marks=pytest.mark.aot)], ids=["some", "more"]
 )
 def test_compiles_for_an_h200_without_spills(shapes):
-    assert len(compile_for_h200(COMPILE.format(shapes=shapes)).spills) == len(shapes)
+    kernels = len(shapes) + 2
+    assert len(compile_for_h200(COMPILE.format(shapes=shapes)).spills) == kernels
