@@ -3,9 +3,9 @@
 One kernel, dense and grouped. A block of the grid stays and takes one tile of the output
 after the other: one warpgroup copies to a ring of buffers in shared memory, across the
 end of a tile, and two multiply, 64 rows each. For every 128 of the inner axis the matrix
-unit starts from zero, 128 columns at a time. What it gives is scaled and added to float32
-sums in registers by one warpgroup while products of the other run. Where rows are many,
-two blocks share what they read of the weights.
+unit starts from zero, 64 columns at a time. What it gives is scaled and added to float32
+sums in registers while the next 64 columns are made. Where rows are many, two blocks
+share what they read of the weights.
 
 Letters: M rows, K inner, N outer, G groups; k, n blocks of 128.
 """
@@ -22,6 +22,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.fp8_matmul.products_gpu import (
+    ATOM,
+    descriptor,
+    finish,
+    load_rows,
+    start,
+)
 from pallas_kernels.fp8_matmul.quantize import BLOCK
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     SMS,
@@ -34,14 +41,19 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
 from pallas_kernels.mosaic import copy_rows, is_hopper, load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
-HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
-PARTS = COLUMNS // BLOCK
+HALF = ROWS // 2  # rows of a warpgroup
+PART = 64  # columns of a product
+PARTS = COLUMNS // PART
+W_BLOCKS = COLUMNS // BLOCK
+RUNNING = 2  # products of a warpgroup at a time
 STAGES = 4  # buffers of operands: a power of two
 TOGETHER = 4  # steps whose scales are copied at once: a line of 16 bytes, the least
 BUFFERS = 4  # of scales: enough even if each is for one step only
 W_ROWS = 8  # rows of w_scale in a copy, which is to have 128 bytes
+LEAVING = 3  # buffers of results of a warpgroup
 BAND = 16  # columns of tiles that are walked together
-LINE = 128  # bytes of a row of a swizzled buffer
+LINE = 128  # bytes of a row of a swizzled buffer of operands
+LEAVING_LINE = 64  # and of results
 FEWEST = 128  # rows, columns and inner size that copies need
 ALIGN = 16  # bytes that rows of arrays are multiples of
 MANY_ROWS = 1024  # of a group, from where two blocks share its weights
@@ -117,7 +129,7 @@ class _Plan:
     @property
     def chunk(self) -> int:
         """Columns that are stored at once."""
-        return LINE // jnp.dtype(self.dtype).itemsize
+        return LEAVING_LINE // jnp.dtype(self.dtype).itemsize
 
 
 def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
@@ -140,13 +152,12 @@ def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
 
         pl.run_scoped(
             scope,
-            _two_views((STAGES, ROWS, BLOCK), x.dtype),
-            _two_views((STAGES, COLUMNS, BLOCK), w.dtype),
+            _two_views((STAGES, ROWS, BLOCK), x.dtype, LINE),
+            _two_views((STAGES, COLUMNS, BLOCK), w.dtype, LINE),
             plgpu.SMEM((BUFFERS, ROWS, TOGETHER), jnp.float32),
             plgpu.SMEM((BUFFERS, W_ROWS, TOGETHER), jnp.float32),
-            _two_views((2, HALF, plan.chunk), plan.dtype),
+            _two_views((2, LEAVING, HALF, plan.chunk), plan.dtype, LEAVING_LINE),
             plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=PARTS - 1, num_barriers=STAGES),
             empty(num_arrivals=2, num_barriers=STAGES),
             collective_axes="warpgroup",
         )
@@ -176,12 +187,12 @@ def _padded(a: Array, least: int, multiple: int) -> Array:
     return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size) for size in more])
 
 
-def _two_views(shape: tuple[int, ...], dtype):
+def _two_views(shape: tuple[int, ...], dtype, line: int):
     """One piece of shared memory, seen as matrix units do and as copies do. Both lie
     the same, but copies of the first must start at every eighth row of an array.
     """
-    tiling = plgpu.TilingTransform((8, LINE // jnp.dtype(dtype).itemsize))
-    swizzle = plgpu.SwizzleTransform(LINE)
+    tiling = plgpu.TilingTransform((8, line // jnp.dtype(dtype).itemsize))
+    swizzle = plgpu.SwizzleTransform(line)
     return plgpu.RefUnion(
         plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle)),
         plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
@@ -201,8 +212,8 @@ class _Block:
         x_in, w_in, self.x_scale_in, self.w_scale_in, out, *barriers = buffers
         (self.x_in, self.x_landing), (self.w_in, self.w_landing) = x_in, w_in
         self.out, self.leaving = out
-        # Full: of x, the first part of w and scales; of the other parts; free again.
-        self.full, self.rest, self.free = barriers
+        self.full, self.free = barriers
+        self.w_start = descriptor(self.w_in.at[0])
         self.schedule = Schedule(*tiles)
         self.down = tile_count(self.schedule, plan.M, plan.rows)
 
@@ -230,7 +241,7 @@ class _Block:
         rows, shared = pl.ds(start, ROWS), ("pair",) if self.plan.pair else None
 
         def load(k, step):
-            slot = step & (STAGES - 1)
+            slot = self.slot(step)
             full = self.full.at[slot]
 
             @pl.when(step >= STAGES)
@@ -240,16 +251,10 @@ class _Block:
             inner = pl.ds(k * BLOCK, BLOCK)
             x = self.x.at[rows, inner]
             plgpu.copy_gmem_to_smem(x, self.x_landing.at[slot], full)
-            for part in range(PARTS):
-                here = pl.ds(part * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(
-                    self.w.at[group, pl.ds(column + part * BLOCK, BLOCK), inner],
-                    self.w_landing.at[slot, here],
-                    self.rest.at[slot] if part else full,
-                    collective_axes=shared,
-                )
-                if part == 0:
-                    self.copy_scales(tile, k, group, rows, column, full)
+            w = self.w.at[group, pl.ds(column, COLUMNS), inner]
+            w_landing = self.w_landing.at[slot]
+            plgpu.copy_gmem_to_smem(w, w_landing, full, collective_axes=shared)
+            self.copy_scales(tile, k, group, rows, column, full)
             return step + 1
 
         return lax.fori_loop(0, steps, load, step)
@@ -275,46 +280,65 @@ class _Block:
 
     def multiply_tile(self, tile, index, step):
         """Makes a tile of what is copied in; returns the step after."""
-        _, start, count, column, steps = self.place(index)
+        group, start, count, column, steps = self.place(index)
         above = self.warpgroup * HALF
+        zero = lax.shift_right_logical(group, 30)  # though no compiler knows
 
         def add(k, carry):
-            step, sums = carry
-            return step + 1, self.add_products(tile, k, step & (STAGES - 1), sums)
+            step, x, products, sums = carry
+            more = k + 1 < steps
+            return step + 1, *self.add_products(
+                *(tile, k, step, more, zero), x, products, sums
+            )
 
-        layout = plgpu.Layout.WGMMA
-        zeros = plgpu.layout_cast(jnp.zeros((HALF, BLOCK), jnp.float32), layout)
-        step, sums = lax.fori_loop(0, steps, add, (step, [zeros] * PARTS))
+        zeros = jnp.zeros((HALF, PART), jnp.float32)
+        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        pl.when(steps > 0)(lambda: self.wait_full(step))
+        first = step, self.load_x(step), [zeros] * RUNNING, [zeros] * PARTS
+        step, _, _, sums = lax.fori_loop(0, steps, add, first)
         self.store(sums, start + above, jnp.clip(count - above, 0, HALF), column)
         return step
 
-    def add_products(self, tile, k, slot, sums):
-        """The sums of a warpgroup's rows with the products of one step added."""
-        plgpu.barrier_wait(self.full.at[slot])
+    def add_products(self, tile, k, step, more, zero, x, products, sums):
+        """The sums of a warpgroup's rows with the products of one step added; before
+        them, what the next step begins with: its x, and registers for its products.
+        """
         buffer, number = self.scales(tile, k)
-        added = []
+        w = self.w_start + self.slot(step) * (COLUMNS * BLOCK // ATOM)
+        w = [w + part * (PART * BLOCK // ATOM) for part in range(PARTS)]
+        running = [start(old, x, to, zero) for old, to in zip(products, w)]
+        # Loaded while those run: what a step does before it sets the rate.
+        rows = self.row_scales(buffer, number)
+        scales = [rows * self.w_scale_in[buffer, n, number] for n in range(W_BLOCKS)]
+        products, added = [], []
         for part, total in enumerate(sums):
-            if part:
-                # Waiting here also keeps the compiler from starting the next product
-                # in further registers before the last one is added: they would spill.
-                plgpu.barrier_wait(self.rest.at[slot])
+            last = part == PARTS - 1
+            if last:
+                pl.when(more)(lambda: self.wait_full(step + 1))
+            product = finish(running.pop(0), 0 if last else RUNNING - 1)
+            if last:
+                x = self.load_x(step + 1)
+                plgpu.barrier_arrive(self.free.at[self.slot(step)])
+            scale = scales[part * PART // BLOCK]
+            total += product * lax.broadcast_in_dim(scale, total.shape, [0])
+            # Keeps the next product, to the same registers, behind.
+            product, total = lax.optimization_barrier((product, total))
+            added.append(total)
+            if part + RUNNING < PARTS:
+                running.append(start(product, x, w[part + RUNNING], zero))
+            else:
+                products.append(product)
+        return x, products, added
 
-            def multiply(acc, part=part):
-                w = self.w_in.at[slot, pl.ds(part * BLOCK, BLOCK)]
-                plgpu.wgmma(acc, self.x_in.at[slot, self.mine], w.T)
-                # Loaded while that runs: what a step does before it sets the rate.
-                scale = self.row_scales(buffer, number)
-                scale *= self.w_scale_in[buffer, part, number]
-                return acc[...], scale
+    def wait_full(self, step) -> None:
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
 
-            acc = plgpu.ACC(total.shape, jnp.float32)
-            product, scale = pl.run_scoped(multiply, acc)
-            if part == PARTS - 1:
-                plgpu.barrier_arrive(self.free.at[slot])
-            added.append(
-                total + product * lax.broadcast_in_dim(scale, total.shape, [0])
-            )
-        return added
+    def load_x(self, step):
+        """A warpgroup's rows of x for one step; garbage after the last of a tile."""
+        return load_rows(self.x_in.at[0, self.mine], self.slot(step) * (ROWS * BLOCK))
+
+    def slot(self, step):
+        return step & (STAGES - 1)
 
     def row_scales(self, buffer, number):
         """Those of a warpgroup's rows for one step."""
@@ -326,22 +350,25 @@ class _Block:
 
     def store(self, sums, start, count, column) -> None:
         """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
-        plan, warpgroup = self.plan, self.warpgroup
-        for first in range(0, COLUMNS, plan.chunk):
-            part, within = divmod(first, BLOCK)
+        plan = self.plan
+        for number, first in enumerate(range(0, COLUMNS, plan.chunk)):
+            part, within = divmod(first, PART)
             chunk = sums[part][:, within : within + plan.chunk]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            self.out[warpgroup] = chunk.astype(plan.dtype)
+            # Those of the tile before may have ended with another buffer: wait for all.
+            busy = LEAVING - 1 if number else 0
+            plgpu.wait_smem_to_gmem(busy, wait_read_only=True)
+            buffer = self.warpgroup, number % LEAVING
+            self.out[buffer] = chunk.astype(plan.dtype)
             plgpu.commit_smem()
             columns = pl.ds(column + first, plan.chunk)
-            copy_rows(self.leaving.at[warpgroup], self.y.at[:, columns], start, count)
+            copy_rows(self.leaving.at[buffer], self.y.at[:, columns], start, count)
             plgpu.commit_smem_to_gmem_group()
 
     def drain(self, steps) -> None:
         """Waits until all buffers that were filled are empty."""
 
         def one(step, _):
-            plgpu.barrier_wait(self.free.at[step & (STAGES - 1)])
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
 
         lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, one, None)
 
