@@ -4,6 +4,7 @@ values mean; the compiled Hopper kernel, and its results on a GPU (`pytest -m gp
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pallas_kernels.fp8_matmul import (
     quantize_rows,
 )
 from pallas_kernels.fp8_matmul.quantize import LEAST, dequantize
+from pallas_kernels.fp8_matmul.tiles_gpu import place, schedule, tile_count, walk
 from tests.pallas_kernels.h200 import compile_for_h200
 
 QUANTISERS = {"rows": (quantize_rows, 1), "blocks": (quantize_blocks, 128)}
@@ -68,6 +70,32 @@ def operands(rng, M, N, K, groups=()):
         w[here] *= np.exp(rng.normal(size=w[index].shape))[..., None, None]
     x, w = (jnp.asarray(a, jnp.float32) for a in (x, w))
     return *quantize_rows(x), *quantize_blocks(w)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("tile", [128, 256])
+def test_every_row_is_in_one_tile(sizes, tile):
+    surplus = 23
+    M = sum(sizes) + surplus
+    tiles, owner = schedule(jnp.asarray(sizes), M, tile), np.full(M, -1)
+    for number in range(int(tile_count(tiles, M, tile))):
+        group, start, count = place(tiles, number, tile)
+        rows = slice(int(start), int(start + count))
+        assert count > 0
+        assert (owner[rows] == -1).all()
+        owner[rows] = group
+    groups = np.repeat(range(len(sizes) + 1), [*sizes, surplus])
+    np.testing.assert_array_equal(owner, groups)
+
+
+@pytest.mark.parametrize("down", [1, 5, 40])
+@pytest.mark.parametrize("across", [1, 7, 8, 11, 16])
+def test_a_walk_meets_every_tile_once(down, across):
+    index = jnp.arange(down * across)
+    row, column = jax.vmap(lambda i: walk(i, jnp.int32(down), across, 8))(index)
+    met = np.zeros((down, across), int)
+    np.add.at(met, (np.asarray(row), np.broadcast_to(column, index.shape)), 1)
+    assert (met == 1).all()
 
 
 def relative_error(found, exact):
