@@ -1,11 +1,11 @@
 """Block-scaled FP8 products for Hopper GPUs, in Pallas Mosaic GPU.
 
 One kernel, dense and grouped. A block of the grid stays and takes one tile of the output
-after the other: one warpgroup copies to a ring of buffers in shared memory, across the
-end of a tile, and two multiply, 64 rows each. For every 128 of the inner axis the matrix
-unit starts from zero, 64 columns at a time. What it gives is scaled and added to float32
-sums in registers while the next 64 columns are made. Where rows are many, two blocks
-share what they read of the weights.
+after the other: one warp copies to a ring of buffers in shared memory, across the end of
+a tile, and two warpgroups multiply, 64 rows each. For every 128 of the inner axis the
+matrix unit starts from zero, 128 columns at a time. What it gives is scaled and added to
+float32 sums in registers by one warpgroup while products of the other run. Where rows are
+many, two blocks share what they read of the weights.
 
 Letters: M rows, K inner, N outer, G groups; k, n blocks of 128.
 """
@@ -26,7 +26,6 @@ from pallas_kernels.fp8_matmul.products_gpu import (
     ATOM,
     descriptor,
     finish,
-    load_rows,
     start,
 )
 from pallas_kernels.fp8_matmul.quantize import BLOCK
@@ -42,18 +41,13 @@ from pallas_kernels.mosaic import copy_rows, is_hopper, load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup
-PART = 64  # columns of a product
-PARTS = COLUMNS // PART
-W_BLOCKS = COLUMNS // BLOCK
-RUNNING = 2  # products of a warpgroup at a time
+PARTS = COLUMNS // BLOCK  # products of a warpgroup in a step
 STAGES = 4  # buffers of operands: a power of two
 TOGETHER = 4  # steps whose scales are copied at once: a line of 16 bytes, the least
 BUFFERS = 4  # of scales: enough even if each is for one step only
 W_ROWS = 8  # rows of w_scale in a copy, which is to have 128 bytes
-LEAVING = 3  # buffers of results of a warpgroup
 BAND = 16  # columns of tiles that are walked together
-LINE = 128  # bytes of a row of a swizzled buffer of operands
-LEAVING_LINE = 64  # and of results
+LINE = 128  # bytes of a row of a swizzled buffer
 FEWEST = 128  # rows, columns and inner size that copies need
 ALIGN = 16  # bytes that rows of arrays are multiples of
 MANY_ROWS = 1024  # of a group, from where two blocks share its weights
@@ -129,7 +123,7 @@ class _Plan:
     @property
     def chunk(self) -> int:
         """Columns that are stored at once."""
-        return LEAVING_LINE // jnp.dtype(self.dtype).itemsize
+        return LINE // jnp.dtype(self.dtype).itemsize
 
 
 def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
@@ -152,12 +146,13 @@ def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
 
         pl.run_scoped(
             scope,
-            _two_views((STAGES, ROWS, BLOCK), x.dtype, LINE),
-            _two_views((STAGES, COLUMNS, BLOCK), w.dtype, LINE),
+            _two_views((STAGES, ROWS, BLOCK), x.dtype),
+            _two_views((STAGES, COLUMNS, BLOCK), w.dtype),
             plgpu.SMEM((BUFFERS, ROWS, TOGETHER), jnp.float32),
             plgpu.SMEM((BUFFERS, W_ROWS, TOGETHER), jnp.float32),
-            _two_views((2, LEAVING, HALF, plan.chunk), plan.dtype, LEAVING_LINE),
-            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
+            _two_views((2, HALF, plan.chunk), plan.dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
             empty(num_arrivals=2, num_barriers=STAGES),
             collective_axes="warpgroup",
         )
@@ -187,12 +182,12 @@ def _padded(a: Array, least: int, multiple: int) -> Array:
     return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size) for size in more])
 
 
-def _two_views(shape: tuple[int, ...], dtype, line: int):
+def _two_views(shape: tuple[int, ...], dtype):
     """One piece of shared memory, seen as matrix units do and as copies do. Both lie
     the same, but copies of the first must start at every eighth row of an array.
     """
-    tiling = plgpu.TilingTransform((8, line // jnp.dtype(dtype).itemsize))
-    swizzle = plgpu.SwizzleTransform(line)
+    tiling = plgpu.TilingTransform((8, LINE // jnp.dtype(dtype).itemsize))
+    swizzle = plgpu.SwizzleTransform(LINE)
     return plgpu.RefUnion(
         plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle)),
         plgpu.SMEM(shape, dtype, transforms=(swizzle,)),
@@ -212,7 +207,9 @@ class _Block:
         x_in, w_in, self.x_scale_in, self.w_scale_in, out, *barriers = buffers
         (self.x_in, self.x_landing), (self.w_in, self.w_landing) = x_in, w_in
         self.out, self.leaving = out
-        self.full, self.free = barriers
+        # A step's operands are there; a few steps' scales; operands are used.
+        self.full, self.scaled, self.free = barriers
+        self.x_start = descriptor(self.x_in.at[0, self.mine])
         self.w_start = descriptor(self.w_in.at[0])
         self.schedule = Schedule(*tiles)
         self.down = tile_count(self.schedule, plan.M, plan.rows)
@@ -254,88 +251,75 @@ class _Block:
             w = self.w.at[group, pl.ds(column, COLUMNS), inner]
             w_landing = self.w_landing.at[slot]
             plgpu.copy_gmem_to_smem(w, w_landing, full, collective_axes=shared)
-            self.copy_scales(tile, k, group, rows, column, full)
+            self.copy_scales(tile, k, group, rows, column)
             return step + 1
 
         return lax.fori_loop(0, steps, load, step)
 
-    def copy_scales(self, tile, k, group, rows, column, full) -> None:
+    def copy_scales(self, tile, k, group, rows, column) -> None:
         """Copies in the scales of several steps with the first of them."""
         buffer, first = self.scales(tile, k)
 
         @pl.when(first == 0)
         def _():
-            inner = pl.ds(pl.multiple_of(k, TOGETHER), TOGETHER)
+            inner, scaled = pl.ds(k, TOGETHER), self.scaled.at[buffer]
             x_scale = self.x_scale.at[rows, inner]
-            plgpu.copy_gmem_to_smem(x_scale, self.x_scale_in.at[buffer], full)
+            plgpu.copy_gmem_to_smem(x_scale, self.x_scale_in.at[buffer], scaled)
             w_scale = self.w_scale.at[
                 group, pl.ds(lax.div(column, BLOCK), W_ROWS), inner
             ]
-            plgpu.copy_gmem_to_smem(w_scale, self.w_scale_in.at[buffer], full)
-
-        @pl.when(first > 0)
-        def _():
-            plgpu.barrier_arrive(full)
-            plgpu.barrier_arrive(full)
+            plgpu.copy_gmem_to_smem(w_scale, self.w_scale_in.at[buffer], scaled)
 
     def multiply_tile(self, tile, index, step):
         """Makes a tile of what is copied in; returns the step after."""
-        group, start, count, column, steps = self.place(index)
+        _, start, count, column, steps = self.place(index)
         above = self.warpgroup * HALF
-        zero = lax.shift_right_logical(group, 30)  # though no compiler knows
 
         def add(k, carry):
-            step, x, products, sums = carry
+            step, *rest = carry
             more = k + 1 < steps
-            return step + 1, *self.add_products(
-                *(tile, k, step, more, zero), x, products, sums
-            )
+            return step + 1, *self.add_products(tile, k, step, more, *rest)
 
-        zeros = jnp.zeros((HALF, PART), jnp.float32)
+        zeros = jnp.zeros((HALF, BLOCK), jnp.float32)
         zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
         pl.when(steps > 0)(lambda: self.wait_full(step))
-        first = step, self.load_x(step), [zeros] * RUNNING, [zeros] * PARTS
-        step, _, _, sums = lax.fori_loop(0, steps, add, first)
+        first = step, zeros, [zeros] * PARTS
+        step, _, sums = lax.fori_loop(0, steps, add, first)
         self.store(sums, start + above, jnp.clip(count - above, 0, HALF), column)
         return step
 
-    def add_products(self, tile, k, step, more, zero, x, products, sums):
-        """The sums of a warpgroup's rows with the products of one step added; before
-        them, what the next step begins with: its x, and registers for its products.
+    def add_products(self, tile, k, step, more, product, sums):
+        """The last product, and the sums of a warpgroup's rows with those of one step
+        added. Whatever can be is done while a product runs.
         """
         buffer, number = self.scales(tile, k)
-        w = self.w_start + self.slot(step) * (COLUMNS * BLOCK // ATOM)
-        w = [w + part * (PART * BLOCK // ATOM) for part in range(PARTS)]
-        running = [start(old, x, to, zero) for old, to in zip(products, w)]
-        # Loaded while those run: what a step does before it sets the rate.
-        rows = self.row_scales(buffer, number)
-        scales = [rows * self.w_scale_in[buffer, n, number] for n in range(W_BLOCKS)]
-        products, added = [], []
+        slot = self.slot(step)
+        x = self.x_start + slot * (ROWS * BLOCK // ATOM)
+        w = self.w_start + slot * (COLUMNS * BLOCK // ATOM)
+        scales, added = [], []
         for part, total in enumerate(sums):
-            last = part == PARTS - 1
-            if last:
+            product = start(product, x, w + part * (BLOCK * BLOCK // ATOM))
+            if part == 0:
+                pl.when(number == 0)(lambda: self.wait_scales(buffer))
+                rows = self.row_scales(buffer, number)
+                for block in range(PARTS):
+                    scales.append(rows * self.w_scale_in[buffer, block, number])
+            if part == PARTS - 1:
                 pl.when(more)(lambda: self.wait_full(step + 1))
-            product = finish(running.pop(0), 0 if last else RUNNING - 1)
-            if last:
-                x = self.load_x(step + 1)
-                plgpu.barrier_arrive(self.free.at[self.slot(step)])
-            scale = scales[part * PART // BLOCK]
-            total += product * lax.broadcast_in_dim(scale, total.shape, [0])
+            product = finish(product)
+            if part == PARTS - 1:
+                plgpu.barrier_arrive(self.free.at[slot])
+            total += product * lax.broadcast_in_dim(scales[part], total.shape, [0])
             # Keeps the next product, to the same registers, behind.
             product, total = lax.optimization_barrier((product, total))
             added.append(total)
-            if part + RUNNING < PARTS:
-                running.append(start(product, x, w[part + RUNNING], zero))
-            else:
-                products.append(product)
-        return x, products, added
+        return product, added
+
+    def wait_scales(self, buffer) -> None:
+        plgpu.barrier_wait(self.scaled.at[buffer])
 
     def wait_full(self, step) -> None:
         plgpu.barrier_wait(self.full.at[self.slot(step)])
-
-    def load_x(self, step):
-        """A warpgroup's rows of x for one step; garbage after the last of a tile."""
-        return load_rows(self.x_in.at[0, self.mine], self.slot(step) * (ROWS * BLOCK))
 
     def slot(self, step):
         return step & (STAGES - 1)
@@ -350,18 +334,15 @@ class _Block:
 
     def store(self, sums, start, count, column) -> None:
         """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
-        plan = self.plan
-        for number, first in enumerate(range(0, COLUMNS, plan.chunk)):
-            part, within = divmod(first, PART)
+        plan, warpgroup = self.plan, self.warpgroup
+        for first in range(0, COLUMNS, plan.chunk):
+            part, within = divmod(first, BLOCK)
             chunk = sums[part][:, within : within + plan.chunk]
-            # Those of the tile before may have ended with another buffer: wait for all.
-            busy = LEAVING - 1 if number else 0
-            plgpu.wait_smem_to_gmem(busy, wait_read_only=True)
-            buffer = self.warpgroup, number % LEAVING
-            self.out[buffer] = chunk.astype(plan.dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.out[warpgroup] = chunk.astype(plan.dtype)
             plgpu.commit_smem()
             columns = pl.ds(column + first, plan.chunk)
-            copy_rows(self.leaving.at[buffer], self.y.at[:, columns], start, count)
+            copy_rows(self.leaving.at[warpgroup], self.y.at[:, columns], start, count)
             plgpu.commit_smem_to_gmem_group()
 
     def drain(self, steps) -> None:
@@ -374,7 +355,7 @@ class _Block:
 
 
 def _run(block: _Block) -> None:
-    """What the three warpgroups of a block do."""
+    """What the warpgroups of a block do."""
     plan, warpgroup = block.plan, block.warpgroup
     cluster, clusters = lax.axis_index("cluster"), SMS // plan.blocks
     tiles = lax.div(block.down * plan.across - cluster + clusters - 1, clusters)
@@ -390,9 +371,16 @@ def _run(block: _Block) -> None:
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        steps = each(block.copy_tile)
-        if plan.pair:  # neither may end while the other's signals are on their way
-            block.drain(steps)
+
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _():
+            @pl.when(lax.axis_index("warp") == 0)
+            def _():
+                steps = each(block.copy_tile)
+                if (
+                    plan.pair
+                ):  # neither may end while signals of the other are on the way
+                    block.drain(steps)
 
     @pl.when(warpgroup < 2)
     def _():
