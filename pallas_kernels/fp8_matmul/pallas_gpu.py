@@ -1,11 +1,11 @@
 """Block-scaled FP8 products for Hopper GPUs, in Pallas Mosaic GPU.
 
 One kernel, dense and grouped. A block of the grid stays and takes one tile of the output
-after the other: one warp copies to a ring of buffers in shared memory, across the end of
-a tile, and two warpgroups multiply, 64 rows each. For every 128 of the inner axis the
-matrix unit starts from zero, 128 columns at a time. What it gives is scaled and added to
-float32 sums in registers by one warpgroup while products of the other run. Where rows are
-many, two blocks share what they read of the weights.
+after the other: one warpgroup copies to a ring of buffers in shared memory, across the
+end of a tile, and two multiply, 64 rows each. For every 128 of the inner axis the matrix
+unit starts from zero, 128 columns at a time. What it gives is scaled and added to float32
+sums in registers by one warpgroup while products of the other run. Where rows are many,
+two blocks share what they read of the weights.
 
 Letters: M rows, K inner, N outer, G groups; k, n blocks of 128.
 """
@@ -151,8 +151,7 @@ def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
             plgpu.SMEM((BUFFERS, ROWS, TOGETHER), jnp.float32),
             plgpu.SMEM((BUFFERS, W_ROWS, TOGETHER), jnp.float32),
             _two_views((2, HALF, plan.chunk), plan.dtype),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
+            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
             empty(num_arrivals=2, num_barriers=STAGES),
             collective_axes="warpgroup",
         )
@@ -207,9 +206,9 @@ class _Block:
         x_in, w_in, self.x_scale_in, self.w_scale_in, out, *barriers = buffers
         (self.x_in, self.x_landing), (self.w_in, self.w_landing) = x_in, w_in
         self.out, self.leaving = out
-        # A step's operands are there; a few steps' scales; operands are used.
-        self.full, self.scaled, self.free = barriers
-        self.x_start = descriptor(self.x_in.at[0, self.mine])
+        self.full, self.free = barriers
+        own = self.warpgroup * (HALF * BLOCK // ATOM)
+        self.x_start = descriptor(self.x_in.at[0]) + own
         self.w_start = descriptor(self.w_in.at[0])
         self.schedule = Schedule(*tiles)
         self.down = tile_count(self.schedule, plan.M, plan.rows)
@@ -251,34 +250,40 @@ class _Block:
             w = self.w.at[group, pl.ds(column, COLUMNS), inner]
             w_landing = self.w_landing.at[slot]
             plgpu.copy_gmem_to_smem(w, w_landing, full, collective_axes=shared)
-            self.copy_scales(tile, k, group, rows, column)
+            self.copy_scales(tile, k, group, rows, column, full)
             return step + 1
 
         return lax.fori_loop(0, steps, load, step)
 
-    def copy_scales(self, tile, k, group, rows, column) -> None:
+    def copy_scales(self, tile, k, group, rows, column, full) -> None:
         """Copies in the scales of several steps with the first of them."""
         buffer, first = self.scales(tile, k)
 
         @pl.when(first == 0)
         def _():
-            inner, scaled = pl.ds(k, TOGETHER), self.scaled.at[buffer]
+            inner = pl.ds(pl.multiple_of(k, TOGETHER), TOGETHER)
             x_scale = self.x_scale.at[rows, inner]
-            plgpu.copy_gmem_to_smem(x_scale, self.x_scale_in.at[buffer], scaled)
+            plgpu.copy_gmem_to_smem(x_scale, self.x_scale_in.at[buffer], full)
             w_scale = self.w_scale.at[
                 group, pl.ds(lax.div(column, BLOCK), W_ROWS), inner
             ]
-            plgpu.copy_gmem_to_smem(w_scale, self.w_scale_in.at[buffer], scaled)
+            plgpu.copy_gmem_to_smem(w_scale, self.w_scale_in.at[buffer], full)
+
+        @pl.when(first > 0)
+        def _():
+            plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)
 
     def multiply_tile(self, tile, index, step):
         """Makes a tile of what is copied in; returns the step after."""
-        _, start, count, column, steps = self.place(index)
+        group, start, count, column, steps = self.place(index)
         above = self.warpgroup * HALF
+        zero = lax.shift_right_logical(group, 30)  # though no compiler knows
 
         def add(k, carry):
             step, *rest = carry
             more = k + 1 < steps
-            return step + 1, *self.add_products(tile, k, step, more, *rest)
+            return step + 1, *self.add_products(tile, k, step, more, zero, *rest)
 
         zeros = jnp.zeros((HALF, BLOCK), jnp.float32)
         zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
@@ -288,7 +293,7 @@ class _Block:
         self.store(sums, start + above, jnp.clip(count - above, 0, HALF), column)
         return step
 
-    def add_products(self, tile, k, step, more, product, sums):
+    def add_products(self, tile, k, step, more, zero, product, sums):
         """The last product, and the sums of a warpgroup's rows with those of one step
         added. Whatever can be is done while a product runs.
         """
@@ -296,27 +301,21 @@ class _Block:
         slot = self.slot(step)
         x = self.x_start + slot * (ROWS * BLOCK // ATOM)
         w = self.w_start + slot * (COLUMNS * BLOCK // ATOM)
-        scales, added = [], []
+        added = []
         for part, total in enumerate(sums):
-            product = start(product, x, w + part * (BLOCK * BLOCK // ATOM))
-            if part == 0:
-                pl.when(number == 0)(lambda: self.wait_scales(buffer))
-                rows = self.row_scales(buffer, number)
-                for block in range(PARTS):
-                    scales.append(rows * self.w_scale_in[buffer, block, number])
+            product = start(product, x, w + part * (BLOCK * BLOCK // ATOM), zero)
+            scale = self.row_scales(buffer, number)
+            scale *= self.w_scale_in[buffer, part, number]
             if part == PARTS - 1:
                 pl.when(more)(lambda: self.wait_full(step + 1))
             product = finish(product)
             if part == PARTS - 1:
                 plgpu.barrier_arrive(self.free.at[slot])
-            total += product * lax.broadcast_in_dim(scales[part], total.shape, [0])
+            total += product * lax.broadcast_in_dim(scale, total.shape, [0])
             # Keeps the next product, to the same registers, behind.
             product, total = lax.optimization_barrier((product, total))
             added.append(total)
         return product, added
-
-    def wait_scales(self, buffer) -> None:
-        plgpu.barrier_wait(self.scaled.at[buffer])
 
     def wait_full(self, step) -> None:
         plgpu.barrier_wait(self.full.at[self.slot(step)])
@@ -371,16 +370,9 @@ def _run(block: _Block) -> None:
     @pl.when(warpgroup == 2)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-
-        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
-        def _():
-            @pl.when(lax.axis_index("warp") == 0)
-            def _():
-                steps = each(block.copy_tile)
-                if (
-                    plan.pair
-                ):  # neither may end while signals of the other are on the way
-                    block.drain(steps)
+        steps = each(block.copy_tile)
+        if plan.pair:  # neither may end while the other's signals are on their way
+            block.drain(steps)
 
     @pl.when(warpgroup < 2)
     def _():

@@ -3,7 +3,7 @@
 What Pallas has for them takes registers of the compiler's choice for each product, so the
 next may begin before the last one is used: too many registers, and an order that is the
 compiler's. Here a product goes to the registers of the one before, whose values are to be
-used by then.
+used by then, and which the unit does not read: a flag says so that no compiler knows.
 
 Letters: N columns of a product.
 """
@@ -43,19 +43,24 @@ def descriptor(ref) -> Int[Array, ""]:
 
 
 def start(
-    product: Float[Array, "64 N"], x: Int[Array, ""], w: Int[Array, ""]
+    product: Float[Array, "64 N"],
+    x: Int[Array, ""],
+    w: Int[Array, ""],
+    zero: Int[Array, ""],
 ) -> Float[Array, "64 N"]:
     """Starts x @ w.T of [64, 128] and [N, 128], where the descriptors say, in the
-    registers of a product that is no longer needed.
+    registers of a product that is no longer needed. `zero` is to be one that compilers
+    do not know: it keeps them from taking other registers.
     """
     N = product.shape[1]
 
-    def run(_, product, x, w):
+    def run(_, product, x, w, zero):
         count = N // 2
+        flag = f"${2 * count + 2}"
         registers = ", ".join(f"${i}" for i in range(count))
         text = [
             "{ .reg .pred old, more; .reg .b32 word; .reg .b64 x, w;",
-            "setp.ne.b32 old, 0, 0; setp.eq.b32 more, 0, 0;",
+            f"setp.ne.b32 old, {flag}, 0; setp.eq.b32 more, {flag}, {flag};",
             "wgmma.fence.sync.aligned;",
         ]
         for step in range(INNER // INNER_STEP):
@@ -70,13 +75,13 @@ def start(
                 f"{{{registers}}}, x, w, {'more' if step else 'old'}, 1, 1;",
             ]
         text.append("wgmma.commit_group.sync.aligned; }")
-        words = [operand.registers.item() for operand in (x, w)]
+        words = [operand.registers.item() for operand in (x, w, zero)]
         return _in_place(product, " ".join(text), words)
 
     return plgpu.inline_mgpu(
-        arg_types=(SUMS, SCALAR, SCALAR),
+        arg_types=(SUMS, SCALAR, SCALAR, SCALAR),
         return_type=plgpu.ShapeDtypeStruct((ROWS, N), jnp.float32, layout=SUMS),
-    )(run)(product, x, w)
+    )(run)(product, x, w, zero)
 
 
 def finish(product: Float[Array, "64 N"]) -> Float[Array, "64 N"]:
