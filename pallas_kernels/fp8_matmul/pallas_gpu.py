@@ -25,8 +25,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.fp8_matmul.products_gpu import (
     ATOM,
     descriptor,
-    finish,
-    start,
+    finish_product,
+    start_product,
 )
 from pallas_kernels.fp8_matmul.quantize import BLOCK
 from pallas_kernels.fp8_matmul.tiles_gpu import (
@@ -303,12 +303,13 @@ class _Block:
         w = self.w_start + slot * (COLUMNS * BLOCK // ATOM)
         added = []
         for part, total in enumerate(sums):
-            product = start(product, x, w + part * (BLOCK * BLOCK // ATOM), zero)
+            to = w + part * (BLOCK * BLOCK // ATOM)
+            product = start_product(product, x, to, zero)
             scale = self.row_scales(buffer, number)
             scale *= self.w_scale_in[buffer, part, number]
             if part == PARTS - 1:
                 pl.when(more)(lambda: self.wait_full(step + 1))
-            product = finish(product)
+            product = finish_product(product)
             if part == PARTS - 1:
                 plgpu.barrier_arrive(self.free.at[slot])
             total += product * lax.broadcast_in_dim(scale, total.shape, [0])

@@ -13,10 +13,9 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fragmented
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
+ir, llvm = utils.ir, utils.llvm  # of jaxlib, which is JAX's to ask for
 ROWS, INNER = 64, 128  # of a product
 INNER_STEP = 32  # of an instruction
 ATOM = 16  # bytes that shared memory is counted in by descriptors
@@ -28,7 +27,7 @@ SUMS = plgpu.Layout.WGMMA
 
 
 def descriptor(ref) -> Int[Array, ""]:
-    """Where a swizzled reference starts, as `start` takes it: in units of 16 bytes."""
+    """Where a swizzled reference starts, as `start_product` takes it: in units of 16 bytes."""
 
     def describe(_, ref):
         start = llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
@@ -42,7 +41,7 @@ def descriptor(ref) -> Int[Array, ""]:
     )(describe)(ref)
 
 
-def start(
+def start_product(
     product: Float[Array, "64 N"],
     x: Int[Array, ""],
     w: Int[Array, ""],
@@ -84,7 +83,7 @@ def start(
     )(run)(product, x, w, zero)
 
 
-def finish(product: Float[Array, "64 N"]) -> Float[Array, "64 N"]:
+def finish_product(product: Float[Array, "64 N"]) -> Float[Array, "64 N"]:
     """The values of the product that was started, once they are ready."""
 
     def run(_, product):
