@@ -27,7 +27,7 @@ SUMS = plgpu.Layout.WGMMA
 
 
 def descriptor(ref) -> Int[Array, ""]:
-    """Where a swizzled reference starts, as `start_product` takes it: in units of 16 bytes."""
+    """Where a swizzled reference starts, as `start_product` takes it: in 16 bytes."""
 
     def describe(_, ref):
         start = llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
