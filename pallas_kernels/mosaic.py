@@ -3,11 +3,21 @@
 import functools
 import inspect
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 _HAS_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # until JAX 0.11
+
+
+def is_hopper() -> bool:
+    """Whether the GPU at hand is of Hopper's generation; without one, what is compiled
+    ahead of time for a GPU is taken to be.
+    """
+    if jax.default_backend() != "gpu":
+        return True
+    return jax.devices()[0].compute_capability.startswith("9.")
 
 
 def load(ref, *, layout, optimized: bool = True) -> Array:

@@ -12,10 +12,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import named, note_choice
-from pallas_kernels.fp8_matmul import pallas_gpu, reference
+from pallas_kernels.fp8_matmul import pallas_gpu, quantize, quantize_gpu, reference
 from pallas_kernels.fp8_matmul.quantize import BLOCK, E4M3
 
 IMPLEMENTATIONS = {"hopper": pallas_gpu, "reference": reference}
+QUANTIZERS = {"hopper": quantize_gpu, "reference": quantize}
 DTYPES = (jnp.bfloat16, jnp.float32)  # of results
 
 
@@ -78,6 +79,30 @@ def grouped_fp8_matmul(
     return _dispatch("grouped", operands, implementation, dtype)
 
 
+def quantize_rows(
+    x_MK: Float[Array, "*batch M K"], *, implementation: str | None = None
+) -> tuple[Float[Array, "*batch M K"], Float[Array, "*batch M k"]]:
+    """Activations: e4m3 and a float32 scale for each 1 x 128 tile, of which the last of
+    a row may be cut. A scale brings the largest value of its tile to 448.
+
+    Any leading axes. Not differentiable.
+
+    `implementation`: "hopper" is a kernel for NVIDIA's H100 and H200 that reads `x` once,
+    bfloat16 or float32 of 64 rows at least and columns that 128 divides; "reference" is
+    plain JAX. None chooses by the platform that is compiled for, and logs its choice.
+
+    Raises:
+        ValueError: the implementation is unknown.
+        NotImplementedError: "hopper" was named and does not take this operand.
+    """
+    lacking = quantize_gpu.lacks(x_MK)
+    return _choose(
+        *("quantize_rows", implementation, lacking, f"{x_MK.shape=}, {x_MK.dtype=}"),
+        {name: module.quantize_rows for name, module in QUANTIZERS.items()},
+        (x_MK,),
+    )
+
+
 def _dispatch(
     operation: str, operands: tuple[Array, ...], implementation: str | None, dtype
 ) -> Array:
@@ -85,20 +110,37 @@ def _dispatch(
         function = getattr(IMPLEMENTATIONS[name], operation)
         return functools.partial(function, dtype=dtype)
 
-    implementation, (x, _, w, *_) = named(implementation), operands
+    x, _, w, *_ = operands
     lacking = pallas_gpu.lacks(x, w)
+    return _choose(
+        *("fp8_matmul", implementation, lacking, f"{x.shape=}, {w.shape=}"),
+        {name: run(name) for name in IMPLEMENTATIONS},
+        operands,
+    )
+
+
+def _choose(
+    operation: str,
+    implementation: str | None,
+    lacking: str,
+    request: str,
+    implementations: dict[str, Callable],
+    operands: tuple[Array, ...],
+):
+    """The named implementation's result, else that of the platform's."""
+    implementation = named(implementation)
     if implementation == "hopper" and lacking:
-        raise NotImplementedError(f"hopper {lacking}: {x.shape=}, {w.shape=}")
-    if implementation in IMPLEMENTATIONS:
-        return run(implementation)(*operands)
+        raise NotImplementedError(f"hopper {lacking}: {request}")
+    if implementation in implementations:
+        return implementations[implementation](*operands)
     if implementation is not None:
-        names = tuple(IMPLEMENTATIONS)
+        names = tuple(implementations)
         raise ValueError(f"{implementation=} is not one of {names}")
-    note_choice("fp8_matmul", {"cuda": "Mosaic GPU"}, {"cuda": lacking})
+    note_choice(operation, {"cuda": "Mosaic GPU"}, {"cuda": lacking})
     return jax.lax.platform_dependent(
         *operands,
-        cuda=run("reference" if lacking else "hopper"),
-        default=run("reference"),
+        cuda=implementations["reference" if lacking else "hopper"],
+        default=implementations["reference"],
     )
 
 

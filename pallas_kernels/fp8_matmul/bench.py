@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.fp8_matmul import (
     fp8_matmul,
     grouped_fp8_matmul,
+    quantize,
     quantize_blocks,
     quantize_rows,
 )
@@ -83,6 +84,27 @@ def _grouped_case(G: int, M: int, N: int, K: int, target: str = "") -> Case:
     )
 
 
+def _quantize_case(M: int, K: int) -> Case:
+    """Errors are those of three bits of mantissa."""
+
+    def inputs(key):
+        return (jax.random.normal(key, (M, K), jnp.bfloat16),)
+
+    def exact(x):
+        _, scale = quantize.quantize_rows(x)
+        return x / jnp.repeat(scale, quantize.BLOCK, axis=1)
+
+    return Case(
+        operation="fp8_matmul",
+        name=f"quantize_rows, {M} rows of {K}",
+        inputs=inputs,
+        contestants={"pallas": quantize_rows, "XLA": quantize.quantize_rows},
+        exact=exact,
+        flops=M * K,
+        bytes=3 * M * K + 4 * M * K // quantize.BLOCK,
+    )
+
+
 def _torch() -> dict:
     from torch import bfloat16
     from torch.nn.functional import ScalingType, scaled_mm
@@ -107,4 +129,5 @@ CASES = [
     _case(8192, 8192, 8192, ">= 1.15x torch"),
     _case(4096, 7168, 2048),
     _grouped_case(8, 32768, 4096, 7168, ">= 1.7x bfloat16"),
+    _quantize_case(32768, 7168),
 ]

@@ -22,8 +22,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.fp8_matmul.products_gpu import (
+    ATOM,
+    descriptor,
+    finish_product,
+    start_product,
+)
 from pallas_kernels.fp8_matmul.quantize import BLOCK
-from pallas_kernels.grouped_matmul.tiles_gpu import (
+from pallas_kernels.fp8_matmul.tiles_gpu import (
     SMS,
     Schedule,
     place,
@@ -31,11 +37,11 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     tile_count,
     walk,
 )
-from pallas_kernels.mosaic import copy_rows, load
+from pallas_kernels.mosaic import copy_rows, is_hopper, load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
-HALF = ROWS // 2  # rows of a warpgroup, and of what is stored at once
-PARTS = COLUMNS // BLOCK
+HALF = ROWS // 2  # rows of a warpgroup
+PARTS = COLUMNS // BLOCK  # products of a warpgroup in a step
 STAGES = 4  # buffers of operands: a power of two
 TOGETHER = 4  # steps whose scales are copied at once: a line of 16 bytes, the least
 BUFFERS = 4  # of scales: enough even if each is for one step only
@@ -52,11 +58,7 @@ def lacks(x: Array, w: Array) -> str:
     N, K = w.shape[-2:]
     if N < FEWEST or K < FEWEST or N % ALIGN or K % ALIGN:
         return f"takes N and K of at least {FEWEST} that {ALIGN} divides"
-    if jax.default_backend() == "gpu":
-        capability = jax.devices()[0].compute_capability
-        if not capability.startswith("9."):
-            return "needs a GPU of Hopper's generation"
-    return ""
+    return "" if is_hopper() else "needs a GPU of Hopper's generation"
 
 
 def dense(
@@ -150,7 +152,6 @@ def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
             plgpu.SMEM((BUFFERS, W_ROWS, TOGETHER), jnp.float32),
             _two_views((2, HALF, plan.chunk), plan.dtype),
             plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=PARTS - 1, num_barriers=STAGES),
             empty(num_arrivals=2, num_barriers=STAGES),
             collective_axes="warpgroup",
         )
@@ -205,8 +206,10 @@ class _Block:
         x_in, w_in, self.x_scale_in, self.w_scale_in, out, *barriers = buffers
         (self.x_in, self.x_landing), (self.w_in, self.w_landing) = x_in, w_in
         self.out, self.leaving = out
-        # Full: of x, the first part of w and scales; of the other parts; free again.
-        self.full, self.rest, self.free = barriers
+        self.full, self.free = barriers
+        own = self.warpgroup * (HALF * BLOCK // ATOM)
+        self.x_start = descriptor(self.x_in.at[0]) + own
+        self.w_start = descriptor(self.w_in.at[0])
         self.schedule = Schedule(*tiles)
         self.down = tile_count(self.schedule, plan.M, plan.rows)
 
@@ -234,7 +237,7 @@ class _Block:
         rows, shared = pl.ds(start, ROWS), ("pair",) if self.plan.pair else None
 
         def load(k, step):
-            slot = step & (STAGES - 1)
+            slot = self.slot(step)
             full = self.full.at[slot]
 
             @pl.when(step >= STAGES)
@@ -244,16 +247,10 @@ class _Block:
             inner = pl.ds(k * BLOCK, BLOCK)
             x = self.x.at[rows, inner]
             plgpu.copy_gmem_to_smem(x, self.x_landing.at[slot], full)
-            for part in range(PARTS):
-                here = pl.ds(part * BLOCK, BLOCK)
-                plgpu.copy_gmem_to_smem(
-                    self.w.at[group, pl.ds(column + part * BLOCK, BLOCK), inner],
-                    self.w_landing.at[slot, here],
-                    self.rest.at[slot] if part else full,
-                    collective_axes=shared,
-                )
-                if part == 0:
-                    self.copy_scales(tile, k, group, rows, column, full)
+            w = self.w.at[group, pl.ds(column, COLUMNS), inner]
+            w_landing = self.w_landing.at[slot]
+            plgpu.copy_gmem_to_smem(w, w_landing, full, collective_axes=shared)
+            self.copy_scales(tile, k, group, rows, column, full)
             return step + 1
 
         return lax.fori_loop(0, steps, load, step)
@@ -279,46 +276,53 @@ class _Block:
 
     def multiply_tile(self, tile, index, step):
         """Makes a tile of what is copied in; returns the step after."""
-        _, start, count, column, steps = self.place(index)
+        group, start, count, column, steps = self.place(index)
         above = self.warpgroup * HALF
+        zero = lax.shift_right_logical(group, 30)  # though no compiler knows
 
         def add(k, carry):
-            step, sums = carry
-            return step + 1, self.add_products(tile, k, step & (STAGES - 1), sums)
+            step, *rest = carry
+            more = k + 1 < steps
+            return step + 1, *self.add_products(tile, k, step, more, zero, *rest)
 
-        layout = plgpu.Layout.WGMMA
-        zeros = plgpu.layout_cast(jnp.zeros((HALF, BLOCK), jnp.float32), layout)
-        step, sums = lax.fori_loop(0, steps, add, (step, [zeros] * PARTS))
+        zeros = jnp.zeros((HALF, BLOCK), jnp.float32)
+        zeros = plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+        pl.when(steps > 0)(lambda: self.wait_full(step))
+        first = step, zeros, [zeros] * PARTS
+        step, _, sums = lax.fori_loop(0, steps, add, first)
         self.store(sums, start + above, jnp.clip(count - above, 0, HALF), column)
         return step
 
-    def add_products(self, tile, k, slot, sums):
-        """The sums of a warpgroup's rows with the products of one step added."""
-        plgpu.barrier_wait(self.full.at[slot])
+    def add_products(self, tile, k, step, more, zero, product, sums):
+        """The last product, and the sums of a warpgroup's rows with those of one step
+        added. Whatever can be is done while a product runs.
+        """
         buffer, number = self.scales(tile, k)
+        slot = self.slot(step)
+        x = self.x_start + slot * (ROWS * BLOCK // ATOM)
+        w = self.w_start + slot * (COLUMNS * BLOCK // ATOM)
         added = []
         for part, total in enumerate(sums):
-            if part:
-                # Waiting here also keeps the compiler from starting the next product
-                # in further registers before the last one is added: they would spill.
-                plgpu.barrier_wait(self.rest.at[slot])
-
-            def multiply(acc, part=part):
-                w = self.w_in.at[slot, pl.ds(part * BLOCK, BLOCK)]
-                plgpu.wgmma(acc, self.x_in.at[slot, self.mine], w.T)
-                # Loaded while that runs: what a step does before it sets the rate.
-                scale = self.row_scales(buffer, number)
-                scale *= self.w_scale_in[buffer, part, number]
-                return acc[...], scale
-
-            acc = plgpu.ACC(total.shape, jnp.float32)
-            product, scale = pl.run_scoped(multiply, acc)
+            to = w + part * (BLOCK * BLOCK // ATOM)
+            product = start_product(product, x, to, zero)
+            scale = self.row_scales(buffer, number)
+            scale *= self.w_scale_in[buffer, part, number]
+            if part == PARTS - 1:
+                pl.when(more)(lambda: self.wait_full(step + 1))
+            product = finish_product(product)
             if part == PARTS - 1:
                 plgpu.barrier_arrive(self.free.at[slot])
-            added.append(
-                total + product * lax.broadcast_in_dim(scale, total.shape, [0])
-            )
-        return added
+            total += product * lax.broadcast_in_dim(scale, total.shape, [0])
+            # Keeps the next product, to the same registers, behind.
+            product, total = lax.optimization_barrier((product, total))
+            added.append(total)
+        return product, added
+
+    def wait_full(self, step) -> None:
+        plgpu.barrier_wait(self.full.at[self.slot(step)])
+
+    def slot(self, step):
+        return step & (STAGES - 1)
 
     def row_scales(self, buffer, number):
         """Those of a warpgroup's rows for one step."""
@@ -345,13 +349,13 @@ class _Block:
         """Waits until all buffers that were filled are empty."""
 
         def one(step, _):
-            plgpu.barrier_wait(self.free.at[step & (STAGES - 1)])
+            plgpu.barrier_wait(self.free.at[self.slot(step)])
 
         lax.fori_loop(jnp.maximum(steps - STAGES, 0), steps, one, None)
 
 
 def _run(block: _Block) -> None:
-    """What the three warpgroups of a block do."""
+    """What the warpgroups of a block do."""
     plan, warpgroup = block.plan, block.warpgroup
     cluster, clusters = lax.axis_index("cluster"), SMS // plan.blocks
     tiles = lax.div(block.down * plan.across - cluster + clusters - 1, clusters)

@@ -20,10 +20,8 @@ LEAST = 1e-4
 def quantize_rows(
     x_MK: Float[Array, "*batch M K"],
 ) -> tuple[Float[Array, "*batch M K"], Float[Array, "*batch M k"]]:
-    """Activations: e4m3 and a float32 scale for each 1 x 128 tile.
-
-    Any leading axes. XLA makes a kernel of the largest values and one of the rest, so `x`
-    is read twice.
+    """See `pallas_kernels.fp8_matmul.api`. XLA makes a kernel of the largest values and
+    one of the rest, so `x` is read twice.
     """
     return _quantize(x_MK, 1)
 

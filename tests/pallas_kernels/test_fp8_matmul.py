@@ -4,6 +4,7 @@ values mean; the compiled Hopper kernel, and its results on a GPU (`pytest -m gp
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pallas_kernels.fp8_matmul import (
     quantize_rows,
 )
 from pallas_kernels.fp8_matmul.quantize import LEAST, dequantize
+from pallas_kernels.fp8_matmul.tiles_gpu import place, schedule, tile_count, walk
 from tests.pallas_kernels.h200 import compile_for_h200
 
 QUANTISERS = {"rows": (quantize_rows, 1), "blocks": (quantize_blocks, 128)}
@@ -70,6 +72,32 @@ def operands(rng, M, N, K, groups=()):
     return *quantize_rows(x), *quantize_blocks(w)
 
 
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("tile", [128, 256])
+def test_every_row_is_in_one_tile(sizes, tile):
+    surplus = 23
+    M = sum(sizes) + surplus
+    tiles, owner = schedule(jnp.asarray(sizes), M, tile), np.full(M, -1)
+    for number in range(int(tile_count(tiles, M, tile))):
+        group, start, count = place(tiles, number, tile)
+        rows = slice(int(start), int(start + count))
+        assert count > 0
+        assert (owner[rows] == -1).all()
+        owner[rows] = group
+    groups = np.repeat(range(len(sizes) + 1), [*sizes, surplus])
+    np.testing.assert_array_equal(owner, groups)
+
+
+@pytest.mark.parametrize("down", [1, 5, 40])
+@pytest.mark.parametrize("across", [1, 7, 8, 11, 16])
+def test_a_walk_meets_every_tile_once(down, across):
+    index = jnp.arange(down * across)
+    row, column = jax.vmap(lambda i: walk(i, jnp.int32(down), across, 8))(index)
+    met = np.zeros((down, across), int)
+    np.add.at(met, (np.asarray(row), np.broadcast_to(column, index.shape)), 1)
+    assert (met == 1).all()
+
+
 def relative_error(found, exact):
     found = np.asarray(found.astype(jnp.float32), np.float64)
     return np.linalg.norm(found - exact) / np.linalg.norm(exact)
@@ -96,6 +124,23 @@ def test_quantised_values_and_scales(rng, name, shape):
         # Three bits of mantissa, and below 2**-6 steps of 2**-9.
         bound = np.maximum(np.abs(a[here]) * 2**-4, s * 2**-10)
         assert (np.abs(back[here] - a[here]) <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("shape", [(64, 128), (1001, 384), (3, 50, 1024)], ids=str)
+def test_the_kernel_quantises_as_plain_jax_does(rng, shape, dtype):
+    a = rng.standard_normal(shape) * np.exp(3 * rng.normal(size=(*shape[:-1], 1)))
+    a[..., 0, :128] = 0
+    a = jnp.asarray(a, dtype)
+    q, scale = quantize_rows(a, implementation="hopper")
+    _, expected_scale = quantize_rows(a, implementation="reference")
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
+    values = np.asarray(a.astype(jnp.float32))
+    back, step = np.asarray(dequantize(q, scale)), np.repeat(scale, 128, axis=-1)
+    # Half a step of three bits of mantissa, and of 2**-9 below 2**-6.
+    bound = np.maximum(np.abs(values) * 2**-4, step * 2**-10) * (1 + 1e-6)
+    assert (np.abs(back - values) <= bound).all()
 
 
 @pytest.mark.parametrize("name", QUANTISERS)
@@ -216,10 +261,24 @@ def test_what_the_kernel_does_not_take_is_said():
         fp8_matmul(q, scale, q, scale[:1], implementation="hopper")
 
 
+@pytest.mark.parametrize("shape", [(63, 128), (64, 200)], ids=str)
+def test_what_the_quantiser_does_not_take_is_said(shape):
+    with pytest.raises(NotImplementedError, match=r"64 rows.*128 divides.*shape="):
+        quantize_rows(jnp.ones(shape), implementation="hopper")
+    with pytest.raises(NotImplementedError, match=r"takes bfloat16.*float16"):
+        quantize_rows(jnp.ones((64, 128), jnp.float16), implementation="hopper")
+    with pytest.raises(ValueError, match="'fast' is not one of"):
+        quantize_rows(jnp.ones((64, 128)), implementation="fast")
+
+
 COMPILE = """
-from pallas_kernels.fp8_matmul import fp8_matmul, grouped_fp8_matmul
+from pallas_kernels.fp8_matmul import fp8_matmul, grouped_fp8_matmul, quantize_rows
 
 FP8 = jnp.float8_e4m3fn
+
+
+def compile_quantiser(rows, columns, dtype):
+    jax.jit(quantize_rows).lower(shape(rows, columns, dtype=dtype)).compile()
 
 
 def compile(M, N, K, groups, dtype):
@@ -238,6 +297,8 @@ def compile(M, N, K, groups, dtype):
 
 for case in {shapes}:
     compile(*case)
+compile_quantiser(1001, 7168, jnp.bfloat16)
+compile_quantiser(1024, 384, jnp.float32)
 """
 SHAPES = [  # M, N, K, groups, dtype
     (4096, 576, 7168, None, "bfloat16"),  # V3's latent and rotary part: cut blocks
@@ -254,4 +315,5 @@ MORE = [
     "shapes", [SHAPES, pytest.param(MORE, marks=pytest.mark.aot)], ids=["some", "more"]
 )
 def test_compiles_for_an_h200_without_spills(shapes):
-    assert len(compile_for_h200(COMPILE.format(shapes=shapes)).spills) == len(shapes)
+    kernels = len(shapes) + 2
+    assert len(compile_for_h200(COMPILE.format(shapes=shapes)).spills) == kernels
