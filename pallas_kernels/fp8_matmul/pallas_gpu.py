@@ -29,7 +29,7 @@ from pallas_kernels.fp8_matmul.products_gpu import (
     start_product,
 )
 from pallas_kernels.fp8_matmul.quantize import BLOCK
-from pallas_kernels.fp8_matmul.tiles_gpu import (
+from pallas_kernels.grouped_matmul.tiles_gpu import (
     SMS,
     Schedule,
     place,

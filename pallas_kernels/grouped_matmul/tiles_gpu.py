@@ -5,12 +5,13 @@ Letters: M rows, N outer, K inner, G groups, T tiles of rows.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
+
+from pallas_kernels.mosaic import is_hopper
 
 SMS = 132  # of an H100 or H200: blocks of the grid
 SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
@@ -53,16 +54,7 @@ def lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
         return f"takes no empty operands ({rows} rows, {shape})"
     if dtype != jnp.bfloat16:
         return f"takes bfloat16 ({dtype})"
-    return "" if _is_hopper() else "needs a GPU of Hopper's generation"
-
-
-def _is_hopper() -> bool:
-    """Whether the GPU at hand is of Hopper's generation; without one, what is compiled
-    ahead of time for a GPU is taken to be.
-    """
-    if jax.default_backend() != "gpu":
-        return True
-    return jax.devices()[0].compute_capability.startswith("9.")
+    return "" if is_hopper() else "needs a GPU of Hopper's generation"
 
 
 def row_tiles(

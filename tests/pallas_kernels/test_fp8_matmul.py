@@ -17,7 +17,7 @@ from pallas_kernels.fp8_matmul import (
     quantize_rows,
 )
 from pallas_kernels.fp8_matmul.quantize import LEAST, dequantize
-from pallas_kernels.fp8_matmul.tiles_gpu import place, schedule, tile_count, walk
+from pallas_kernels.grouped_matmul.tiles_gpu import place, schedule, tile_count, walk
 from tests.pallas_kernels.h200 import compile_for_h200
 
 QUANTISERS = {"rows": (quantize_rows, 1), "blocks": (quantize_blocks, 128)}
