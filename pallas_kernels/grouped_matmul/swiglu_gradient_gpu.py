@@ -31,7 +31,8 @@ from pallas_kernels.grouped_matmul.rows_gpu import _lying, _Rows, _RowsPlan
 from pallas_kernels.grouped_matmul.tiles_gpu import LINE, Tiles, row_tiles, schedule
 from pallas_kernels.mosaic import copy_rows, load
 
-SLOTS = 2  # chunks of both products at once, a warpgroup
+WIDTH = 32  # columns of a chunk
+SLOTS = 4  # chunks of both products at once, a warpgroup
 LANES = 8  # columns of a row's sum: what one matrix unit's tile has
 
 
@@ -81,8 +82,8 @@ def swiglu_gradient(
             scope,
             smem_of_any_row((tiles.stages, tiles.rows), dtype, LINE),
             smem((tiles.stages, LINE, tiles.columns), dtype),
-            smem_of_any_row((2, SLOTS, CHUNK_ROWS), dtype, LINE),
-            smem_of_any_row((2, SLOTS, CHUNK_ROWS), dtype, LINE),
+            smem_of_any_row((2, SLOTS, CHUNK_ROWS * WIDTH // LINE), dtype, WIDTH),
+            smem_of_any_row((2, SLOTS, CHUNK_ROWS * WIDTH // LINE), dtype, WIDTH),
             plgpu.SMEM((2, CHUNK_ROWS, LANES), jnp.float32),
             plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiles.stages),
             empty(num_arrivals=2, num_barriers=tiles.stages),
@@ -108,7 +109,7 @@ class _SwigluGradient(_Rows):
         self.gated, self.lifted, self.scale = self.scales
         self.chunks = (gated, lifted)  # each as two views: tiled, flat
         self.sums, self.here = sums, here
-        self.places = chunks(plan.tiles.half, plan.width, LINE)
+        self.places = chunks(plan.tiles.half, plan.width, WIDTH)
 
     def before_tile(self, start, column) -> None:
         """Copies in the first chunks of both products, which arrive while a tile is
@@ -124,21 +125,21 @@ class _SwigluGradient(_Rows):
         slot = lax.axis_index("warpgroup"), number % SLOTS
         full = self.here.at[slot[0] * SLOTS + slot[1]]
         for product, (_, flat) in zip((self.gated, self.lifted), self.chunks):
-            there = product.at[pl.ds(start + r, CHUNK_ROWS), pl.ds(column + c, LINE)]
+            there = product.at[pl.ds(start + r, CHUNK_ROWS), pl.ds(column + c, WIDTH)]
             plgpu.copy_gmem_to_smem(there, flat.at[slot], full)
 
     def store(self, total, start, count, column) -> None:
         """Writes both gradients over the products, and sends them from there."""
         warpgroup = lax.axis_index("warpgroup")
-        last, sums = len(self.places) - 1, None
+        further, sums = len(self.places) - SLOTS // 2, None
         for number, (r, c, _) in enumerate(self.places):
             slot = warpgroup, number % SLOTS
-            if 0 < number < last:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                self.fetch(number + 1, start, column)
+            if SLOTS // 2 <= number < further:  # where one has left two chunks ago
+                plgpu.wait_smem_to_gmem(SLOTS // 2 - 1, wait_read_only=True)
+                self.fetch(number + SLOTS // 2, start, column)
             plgpu.barrier_wait(self.here.at[warpgroup * SLOTS + number % SLOTS])
             tiled = [views[0].at[slot] for views in self.chunks]
-            dh = total[r : r + CHUNK_ROWS, c : c + LINE]
+            dh = total[r : r + CHUNK_ROWS, c : c + WIDTH]
             products = [chunk[...].astype(jnp.float32) for chunk in tiled]
             scale = load(
                 self.scale.at[pl.ds(start + r, CHUNK_ROWS)],
@@ -147,18 +148,18 @@ class _SwigluGradient(_Rows):
             )
             *gradients, share = _backward(dh, *products, scale)
             # Column after column, which takes no exchange between lanes.
-            parts = [share[:, first : first + LANES] for first in range(0, LINE, LANES)]
+            parts = [share[:, i : i + LANES] for i in range(0, WIDTH, LANES)]
             sums = sum(parts[1:], parts[0]) if c == 0 else sum(parts, sums)
             for chunk, gradient in zip(tiled, gradients):
                 chunk[...] = gradient.astype(chunk.dtype)
-            if c + LINE == self.plan.width:
+            if c + WIDTH == self.plan.width:
                 self.sums[warpgroup] = sums
             plgpu.commit_smem()
             rows = start + r, jnp.clip(count - r, 0, CHUNK_ROWS)
-            columns = pl.ds(column + c, LINE)
+            columns = pl.ds(column + c, WIDTH)
             for y, (_, flat) in zip(self.ys, self.chunks):
                 copy_rows(flat.at[slot], y.at[:, columns], *rows)
-            if c + LINE == self.plan.width:
+            if c + WIDTH == self.plan.width:
                 across = lax.div(column, self.plan.width)
                 copy_rows(self.sums.at[warpgroup], self.ys[2].at[across], *rows)
             plgpu.commit_smem_to_gmem_group()

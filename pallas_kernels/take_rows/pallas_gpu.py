@@ -15,10 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-SMS = 132  # of an H100 or H200: blocks of the grid
-SMEM = 200 * 2**10  # bytes of rows that a block holds
+SMS = 132  # of an H100 or H200
+SMEM = 200 * 2**10  # bytes of rows that an SM's blocks hold
+EACH = (4, 2, 1)  # blocks on an SM, the most that have room: each sends one copy a time
 ROWS = 16  # that leave together, at most
-AHEAD = 3  # buffers that fill, at least, while one leaves
+AHEAD = 2  # buffers that fill, at least, while one leaves
 LINES = (256, 128)  # elements of a line: no copy is wider
 INDICES = 32  # that are copied at once: no copy is smaller than 128 bytes
 
@@ -31,7 +32,7 @@ def lacks(wanted: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
         return f"takes 16 or 32 bits ({dtype})"
     if shape[1] % LINES[-1]:
         return f"takes rows that {LINES[-1]} divides ({shape})"
-    if _rows_at_once(shape[1], dtype) < 4:  # 16 bytes of indices are the least copy
+    if not _cut(shape[1], dtype):
         return f"takes shorter rows ({shape})"
     if jax.default_backend() != "gpu":  # compiled ahead of time: for a Hopper GPU
         return ""
@@ -39,10 +40,15 @@ def lacks(wanted: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
     return "" if capability.startswith("9.") else "needs a GPU of Hopper's generation"
 
 
-def _rows_at_once(size: int, dtype: DTypeLike) -> int:
-    """The largest power of two that leaves room for other buffers."""
-    fit = SMEM // ((AHEAD + 1) * size * jnp.dtype(dtype).itemsize)
-    return min(ROWS, 2 ** (fit.bit_length() - 1)) if fit else 0
+def _cut(size: int, dtype: DTypeLike) -> tuple[int, int] | None:
+    """How many blocks of an SM there are, and how many rows leave one together: a power
+    of two, four at least, since indices are read from every 16 bytes on.
+    """
+    for each in EACH:
+        fit = SMEM // (each * (AHEAD + 1) * size * jnp.dtype(dtype).itemsize)
+        if fit >= 4:
+            return each, min(ROWS, 2 ** (fit.bit_length() - 1))
+    return None
 
 
 def take_rows(
@@ -51,16 +57,17 @@ def take_rows(
     """x[index], zeros for an index past the end: what lies outside is copied as such."""
     (_, size), (wanted,), dtype = x_ND.shape, index_M.shape, x_ND.dtype
     line = next(line for line in LINES if size % line == 0)
-    rows = _rows_at_once(size, dtype)
-    slots = min(SMEM // (rows * size * dtype.itemsize), 2 * (AHEAD + 1))
+    each, rows = _cut(size, dtype)
+    slots = min(SMEM // (each * rows * size * dtype.itemsize), 2 * (AHEAD + 1))
+    blocks = each * SMS
     total = pl.cdiv(wanted, rows)  # steps of all blocks
 
     def kernel(x, index, out, buffer, indices, full, told):
         block = lax.axis_index("block")
-        steps = lax.div(total - block + SMS - 1, SMS)
+        steps = lax.div(total - block + blocks - 1, blocks)
 
         def first(step):
-            return (block + step * SMS) * rows
+            return (block + step * blocks) * rows
 
         def tell(step):
             slot = lax.rem(step, slots)
@@ -93,7 +100,7 @@ def take_rows(
     taken_MLl = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((wanted, *lines), dtype),
-        grid=(SMS,),
+        grid=(blocks,),
         grid_names=("block",),
         scratch_types=[
             plgpu.SMEM((slots, rows, *lines), dtype),
