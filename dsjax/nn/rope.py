@@ -103,5 +103,6 @@ rotate_end.defvjp(_forward, _backward)
 
 
 def _with_end(x: Array, end: Array) -> Array:
-    start = x.shape[-1] - end.shape[-1]
+    # Or XLA's compiler for CPUs makes `end` of what it writes over, as it writes.
+    end, start = jax.lax.optimization_barrier(end), x.shape[-1] - end.shape[-1]
     return jax.lax.dynamic_update_slice_in_dim(x, end, start, axis=x.ndim - 1)
