@@ -81,8 +81,9 @@ def rotate(
 def rotate_end(
     x: Float[Array, "B T ... H"], positions_BT: Int[Array, "B T"], rope: Rope, size: int
 ) -> Float[Array, "B T ... H"]:
-    """`x` with the last `size` of its elements rotated. Written over the old ones, where
-    they are not asked for again, and so is the gradient: the rest is not moved.
+    """`x` with the last `size` of its elements rotated. On a GPU they are written over the
+    old ones, where those are not asked for again, and so is the gradient: the rest is not
+    moved.
     """
     end = rotate(x[..., -size:], positions_BT, rope)
     return _with_end(x, end)
@@ -103,6 +104,11 @@ rotate_end.defvjp(_forward, _backward)
 
 
 def _with_end(x: Array, end: Array) -> Array:
-    # Or XLA's compiler for CPUs makes `end` of what it writes over, as it writes.
-    end, start = jax.lax.optimization_barrier(end), x.shape[-1] - end.shape[-1]
-    return jax.lax.dynamic_update_slice_in_dim(x, end, start, axis=x.ndim - 1)
+    # XLA's compiler for CPUs would make `end` of what it writes over, as it writes.
+    start = x.shape[-1] - end.shape[-1]
+    return jax.lax.platform_dependent(
+        x,
+        end,
+        cuda=lambda x, end: jax.lax.dynamic_update_slice_in_dim(x, end, start, -1),
+        default=lambda x, end: jnp.concatenate([x[..., :start], end], axis=-1),
+    )
