@@ -8,11 +8,9 @@ from jaxtyping import Array, Float
 
 from dsjax.nn.groups import groups, in_groups
 from dsjax.nn.options import Build, keep
-from dsjax.nn.weights import batch_axes, facing, spec_of, use
-from dsjax.sharding import axes_of
+from dsjax.nn.weights import batch_axes, facing, use
 
 HIDDEN_BYTES = 2**31  # of a feed-forward's three hidden arrays on a device at once
-MANY = 4  # rows for each of F: a copy of the weights is little beside them
 
 
 class SwiGlu(nnx.Module):
@@ -51,20 +49,7 @@ def swiglu(
     out_sharding: P | None = None,
 ) -> Float[Array, "... D"]:
     """down(silu(gate x) * up x), in the dtype of `x`."""
-    gate, up = _both(x, gate_FD, up_FD)
+    gate = keep(jnp.einsum("...D,FD->...F", x, gate_FD))
+    up = keep(jnp.einsum("...D,FD->...F", x, up_FD))
     hidden = jax.nn.silu(gate) * up
     return jnp.einsum("...F,DF->...D", hidden, down_DF, out_sharding=out_sharding)
-
-
-def _both(x: Array, gate_FD: Array, up_FD: Array) -> tuple[Array, Array]:
-    """gate x and up x. Of many rows as one product, which reads `x` once; so does the
-    gradient, and the two parts of that of `x` are summed before they are rounded.
-    """
-    rows, F = x.size // x.shape[-1], gate_FD.shape[0]
-    sizes, cut = jax.sharding.get_abstract_mesh().shape, axes_of(*spec_of(gate_FD)[:1])
-    if rows < MANY * F or any(sizes[axis] > 1 for axis in cut):
-        products = (jnp.einsum("...D,FD->...F", x, w) for w in (gate_FD, up_FD))
-        return tuple(map(keep, products))
-    together_GD = jnp.concatenate([gate_FD, up_FD])
-    both = keep(jnp.einsum("...D,GD->...G", x, together_GD))
-    return both[..., :F], both[..., F:]
