@@ -242,41 +242,13 @@ def _by_parts(
     size = logits_BCV.shape[-1]
     first = jax.lax.axis_index(cut.vocabulary) * size if cut.vocabulary else 0
     is_target_BCV = targets_BC[..., None] == first + jnp.arange(size)
-    mine_BC, total_BC = jax.lax.platform_dependent(
-        logits_BCV, cuda=_softmax_sums_at_once, default=_softmax_sums
-    )
-    largest_BC = jax.lax.pmax(mine_BC, cut.vocabulary)
+    largest_BC = jax.lax.pmax(logits_BCV.max(axis=-1), cut.vocabulary)
     shifted_BCV = logits_BCV - largest_BC[..., None]
     target_BC = jnp.sum(jnp.where(is_target_BCV, shifted_BCV, 0), axis=-1)
-    if cut.vocabulary:
-        total_BC *= jnp.exp(mine_BC - largest_BC)
+    total_BC = jnp.sum(jnp.exp(shifted_BCV), axis=-1)
     target_BC, total_BC = jax.lax.psum((target_BC, total_BC), cut.vocabulary)
     softmax_BCV = jnp.exp(shifted_BCV) / total_BC[..., None]
     return jnp.log(total_BC) - target_BC, softmax_BCV - is_target_BCV
-
-
-def _softmax_sums(x: Float[Array, "B C V"]) -> tuple[Array, Array]:
-    """Each row's largest element, and the sum of exp(x - largest)."""
-    largest_BC = x.max(axis=-1)
-    return largest_BC, jnp.sum(jnp.exp(x - largest_BC[..., None]), axis=-1)
-
-
-def _softmax_sums_at_once(x: Float[Array, "B C V"]) -> tuple[Array, Array]:
-    """The same in one reduction, whose sums are rescaled where a larger element comes.
-    On a GPU what counts is how often the logits are read.
-    """
-
-    def join(a, b):
-        (most, sum_), (other, more) = a, b
-        first = most >= other
-        shrink = jnp.exp(-jnp.abs(most - other))
-        high, low = jnp.where(first, sum_, more), jnp.where(first, more, sum_)
-        return jnp.maximum(most, other), high + low * shrink
-
-    # Finite, so that two of the first elements have a difference.
-    lowest = jnp.finfo(x.dtype).min
-    start = jnp.asarray(lowest, x.dtype), jnp.zeros((), x.dtype)
-    return jax.lax.reduce((x, jnp.ones_like(x)), start, join, (x.ndim - 1,))
 
 
 def _split(x: Array, count: int) -> Array:
