@@ -30,7 +30,14 @@ from pallas_kernels.measure import (
     torch_ms,
 )
 
-OPERATIONS = ("mla_decode", "flash_attention", "grouped_matmul", "fp8_matmul")
+OPERATIONS = (
+    "mla_decode",
+    "flash_attention",
+    "grouped_matmul",
+    "fp8_matmul",
+    "take_rows",
+    "cross_entropy",
+)
 
 
 class Ceilings(NamedTuple):

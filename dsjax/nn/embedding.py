@@ -51,7 +51,7 @@ def look_up(
             table_VD = jax.lax.all_gather(table_VD, axis, axis=1, tiled=True)
         rows, together = tokens_BT.size, math.prod(map(jax.lax.axis_size, shared))
         chunks = equal_parts(rows, -(-rows * together // CHUNK))
-        if chunks == 1:
+        if chunks == 1 or together == 1:  # or no more rows than the result has
             return parts(table_VD, tokens_BT.reshape(-1)).reshape(*tokens_BT.shape, -1)
         x = jax.lax.map(
             lambda tokens_N: parts(table_VD, tokens_N), tokens_BT.reshape(chunks, -1)

@@ -37,7 +37,7 @@ from dsjax.nn.rows import (
 )
 from dsjax.nn.weights import batch_axes, cast
 from dsjax.sharding import axes_of
-from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.api import grouped_feed_forward
 
 # gate [E, F, D], up [E, F, D], down [E, D, F]; or those of all layers, [Y, E, ...]
 Weights = tuple[Array, Array, Array]
@@ -251,8 +251,7 @@ def apply_experts(
     those of all layers. `keep_result`: gradients find SwiGLU's results, and do not make
     them again.
     """
-    gate_EFD, up_EFD, down_EDF = weights
-    (N, k), E = chosen_Nk.shape, gate_EFD.shape[-3]
+    (N, k), E = chosen_Nk.shape, weights[0].shape[-3]
     R = min(k, E)
     M = most or N * R
     expert_Nk = jnp.where((chosen_Nk >= 0) & (chosen_Nk < E), chosen_Nk, E)
@@ -267,9 +266,6 @@ def apply_experts(
     affinity_M = gather_rows(affinity_Nk.reshape(-1), choice_M, place_Nk.reshape(-1, 1))
     # Weighed before the last product, which is linear: that costs no rounding of its
     # own, and the gradient with respect to an affinity is a sum over F, not D.
-    options = {"expected_rows": expected, "layer": layer}
-    gate_up = gate_EFD, up_EFD
-    kept = {"scale_M": affinity_M, "keep_result": keep_result}
-    h_MF = grouped_swiglu(x_MD, *gate_up, sizes_E, **kept, **options)
-    y_MD = grouped_matmul(h_MF, down_EDF, sizes_E, **options)
+    options = {"expected_rows": expected, "layer": layer, "keep_result": keep_result}
+    y_MD = grouped_feed_forward(x_MD, *weights, sizes_E, scale_M=affinity_M, **options)
     return sum_rows(y_MD, place_NR, token_M)

@@ -19,7 +19,7 @@ from dsjax.nn.attention import attend
 from dsjax.nn.groups import groups, in_groups
 from dsjax.nn.norm import RmsNorm
 from dsjax.nn.options import Build, keep
-from dsjax.nn.rope import rotate
+from dsjax.nn.rope import rotate, rotate_end
 from dsjax.nn.weights import batch_axes, facing, spec_of, use, whole
 from dsjax.sharding import axes_of
 from pallas_kernels.mla_decode.api import mla_decode
@@ -71,7 +71,7 @@ class MultiHeadLatentAttention(nnx.Module):
         if cache is not None:
             cache = cache.written(c_BTL, k_BTR, layer, context)
         if context.phase is kv.Phase.DECODE:
-            out_BTNH = self.absorbed(*self.queries(q_BTQ), cache, layer, context)
+            out_BTNH = self.absorbed(self.queries(q_BTQ), cache, layer, context)
         else:
             out_BTNH = self._expanded_in_groups(q_BTQ, c_BTL, k_BTR, context)
         y_BTD = jnp.einsum(
@@ -86,19 +86,15 @@ class MultiHeadLatentAttention(nnx.Module):
         down_QD = use(self.q_down_QD, self.dtype)
         return whole(keep(jnp.einsum("BTD,QD->BTQ", facing(x_BTD, down_QD), down_QD)))
 
-    def queries(
-        self, q_BTQ: Float[Array, "B T Q"]
-    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N R"]]:
-        """Each head's query: the part without position, and the part to be rotated. Cut
+    def queries(self, q_BTQ: Float[Array, "B T Q"]) -> Float[Array, "B T N H"]:
+        """Each head's query: the part without position, then the part to be rotated. Cut
         as the heads are.
         """
         if self.config.q_rank is None:
             q_NHD = use(self.q_NHD, self.dtype)
-            q = keep(jnp.einsum("BTD,NHD->BTNH", facing(q_BTQ, q_NHD), q_NHD))
-        else:
-            up_NHQ = use(self.q_up_NHQ, self.dtype)
-            q = jnp.einsum("BTQ,NHQ->BTNH", self.q_norm(q_BTQ), up_NHQ)
-        return tuple(jnp.split(q, [self.config.nope_dim], axis=-1))
+            return keep(jnp.einsum("BTD,NHD->BTNH", facing(q_BTQ, q_NHD), q_NHD))
+        up_NHQ = use(self.q_up_NHQ, self.dtype)
+        return jnp.einsum("BTQ,NHQ->BTNH", self.q_norm(q_BTQ), up_NHQ)
 
     def latents(
         self, x_BTD: Float[Array, "B T D"], context: kv.Context
@@ -120,7 +116,7 @@ class MultiHeadLatentAttention(nnx.Module):
 
         def attention(q_BTQ, c_BTL, k_BTR, positions_BT, segments_BT):
             own = replace(context, positions_BT=positions_BT, segments_BT=segments_BT)
-            return self.expanded(*self.queries(q_BTQ), c_BTL, k_BTR, own)
+            return self.expanded(self.queries(q_BTQ), c_BTL, k_BTR, own)
 
         size = self.config.nope_dim + self.config.value_dim
         token_bytes = self.config.num_heads * size * c_BTL.dtype.itemsize
@@ -133,16 +129,16 @@ class MultiHeadLatentAttention(nnx.Module):
     def expanded(
         self,
         q_BTNH: Float[Array, "B T N H"],
-        q_BTNR: Float[Array, "B T N R"],
         c_BSL: Float[Array, "B S L"],
         k_BSR: Float[Array, "B S R"],
         context: kv.Context,
     ) -> Float[Array, "B T N U"]:
         """Attention on every head's own keys and values, built from the latents."""
         up_NHL = use(self.kv_up_NHL, self.dtype)
-        rows = P(batch_axes(q_BTNR))
+        rows = P(batch_axes(q_BTNH))
         c_BSL, k_BSR = reshard(c_BSL, rows), reshard(k_BSR, rows)
-        q_BTNR = self._rotated(q_BTNR, reshard(context.positions_BT, rows))
+        positions_BT = reshard(context.positions_BT, rows)
+        q_BTNH = rotate_end(q_BTNH, positions_BT, self.config.rope, k_BSR.shape[-1])
         k_up_NHL, v_up_NUL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
         k_BSNH = jnp.einsum("BSL,NHL->BSNH", c_BSL, k_up_NHL)
         v_BSNU = jnp.einsum("BSL,NUL->BSNU", c_BSL, v_up_NUL)
@@ -151,15 +147,14 @@ class MultiHeadLatentAttention(nnx.Module):
             (*k_BSNH.shape[:3], k_BSR.shape[-1]),
             out_sharding=jax.typeof(k_BSNH).sharding,
         )
-        q = jnp.concatenate([q_BTNH, q_BTNR], axis=-1)[:, :, :, None]
         k = jnp.concatenate([k_BSNH, k_BSNR], axis=-1)
         dtype, sight = self.precision.softmax, context.sight()
-        return attend(q, k, v_BSNU, sight, self.scale, dtype)[:, :, :, 0]
+        q_BTN1H = q_BTNH[:, :, :, None]
+        return attend(q_BTN1H, k, v_BSNU, sight, self.scale, dtype)[:, :, :, 0]
 
     def absorbed(
         self,
         q_BTNH: Float[Array, "B T N H"],
-        q_BTNR: Float[Array, "B T N R"],
         cache: kv.LatentCache,
         layer: Int[Array, ""] | int,
         context: kv.Context,
@@ -170,12 +165,13 @@ class MultiHeadLatentAttention(nnx.Module):
         """
         up_NHL = use(self.kv_up_NHL, self.dtype)
         k_up_NHL, v_up_NHL = jnp.split(up_NHL, [self.config.nope_dim], axis=1)
+        q_BTNH, q_BTNR = jnp.split(q_BTNH, [self.config.nope_dim], axis=-1)
         q_BTNL = jnp.einsum("BTNH,NHL->BTNL", q_BTNH, k_up_NHL)
         heads, rows = spec_of(q_BTNL), _rows(q_BTNL, batch_axes(context.positions_BT))
         q_BTNL, q_BTNR = reshard(q_BTNL, rows), reshard(q_BTNR, rows)
         mix_BTNL, _ = mla_decode(
             q_BTNL,
-            self._rotated(q_BTNR, context.positions_BT),
+            rotate(q_BTNR, context.positions_BT, self.config.rope),
             cache.latent_YBSL,
             cache.rope_YBRS,
             context.positions_BT[:, -1] + 1,
@@ -184,9 +180,6 @@ class MultiHeadLatentAttention(nnx.Module):
             softmax_dtype=self.precision.softmax,
         )
         return jnp.einsum("BTNL,NHL->BTNH", reshard(mix_BTNL, heads), v_up_NHL)
-
-    def _rotated(self, q_BTNR: Array, positions_BT: Array) -> Array:
-        return rotate(q_BTNR, positions_BT, self.config.rope)
 
 
 def _rows(x_BTNL: Array, batch: str | tuple[str, ...] | None) -> P:

@@ -3,8 +3,10 @@
 Letters: B batch, T length, R rotated size; a further axis before R (heads) is allowed.
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -73,3 +75,40 @@ def rotate(
         first, second = x32[..., : size // 2], x32[..., size // 2 :]
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rotate_end(
+    x: Float[Array, "B T ... H"], positions_BT: Int[Array, "B T"], rope: Rope, size: int
+) -> Float[Array, "B T ... H"]:
+    """`x` with the last `size` of its elements rotated. On a GPU they are written over the
+    old ones, where those are not asked for again, and so is the gradient: the rest is not
+    moved.
+    """
+    end = rotate(x[..., -size:], positions_BT, rope)
+    return _with_end(x, end)
+
+
+def _forward(x, positions_BT, rope, size):
+    return rotate_end(x, positions_BT, rope, size), positions_BT
+
+
+def _backward(rope, size, positions_BT, dy):
+    dend = dy[..., -size:]
+    turn = functools.partial(rotate, positions_BT=positions_BT, rope=rope)
+    (dend,) = jax.linear_transpose(turn, dend)(dend)
+    return _with_end(dy, dend), None
+
+
+rotate_end.defvjp(_forward, _backward)
+
+
+def _with_end(x: Array, end: Array) -> Array:
+    # XLA's compiler for CPUs would make `end` of what it writes over, as it writes.
+    start = x.shape[-1] - end.shape[-1]
+    return jax.lax.platform_dependent(
+        x,
+        end,
+        cuda=lambda x, end: jax.lax.dynamic_update_slice_in_dim(x, end, start, -1),
+        default=lambda x, end: jnp.concatenate([x[..., :start], end], axis=-1),
+    )

@@ -310,7 +310,7 @@ def _scan(
 
     inputs = state, jnp.arange(count)
     (x_BTD, cache), routing = jax.lax.scan(
-        remat.wrap(layer), (x_BTD, cache), inputs, unroll=min(unroll, count)
+        remat.wrap(layer), (x_BTD, cache), inputs, unroll=unroll
     )
     return x_BTD, cache, routing
 

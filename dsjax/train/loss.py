@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from dsjax.sharding import axes_of
+from pallas_kernels.cross_entropy.api import cross_entropy as cross_entropy_rows
 
 # Tokens whose logits exist at once on a device: at least so many, and more of a small
 # vocabulary, up to so many logits (512 MiB). Each chunk reads and writes the head's
@@ -184,16 +185,25 @@ def _chunks(
     head_VD = cut.gather(head_VD.astype(hidden_BTD.dtype))
     together = math.prod(map(jax.lax.axis_size, cut.shared))
     count = min(-(-rows * length * together // chunk), length)
+    whole = math.prod(map(jax.lax.axis_size, cut.vocabulary)) == 1
 
     def body(sums, part):
         loss, of_head_VD = sums
         hidden_BCD, targets_BC, weights_BC = map(cut.gather_rows, part)
-        losses_BC, of_logits_BCV = _chunk(hidden_BCD, head_VD, targets_BC, cut, dtype)
+        logits_BCV = jnp.einsum(
+            "BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype
+        )
+        if gradients and whole:
+            losses_BC, of_logits_BCV = _fused(
+                logits_BCV, targets_BC, weights_BC, dtype=hidden_BTD.dtype
+            )
+        else:
+            losses_BC, of_logits_BCV = _by_parts(logits_BCV, targets_BC, cut)
+            of_logits_BCV *= weights_BC[..., None]
+            of_logits_BCV = of_logits_BCV.astype(hidden_BTD.dtype)
         loss += jnp.sum(losses_BC * weights_BC)
         if not gradients:
             return (loss, None), None
-        of_logits_BCV *= weights_BC[..., None]
-        of_logits_BCV = of_logits_BCV.astype(hidden_BTD.dtype)
         of_hidden_BCD = jnp.einsum(
             "BCV,VD->BCD", of_logits_BCV, head_VD, preferred_element_type=jnp.float32
         )
@@ -214,16 +224,22 @@ def _chunks(
     return loss, _join(of_hidden, length), cut.scatter(of_head_VD)
 
 
-def _chunk(
-    hidden_BCD: Array, head_VD: Array, targets_BC: Array, cut: _Cut, dtype: DTypeLike
+def _fused(
+    logits_BCV: Array, targets_BC: Array, weights_BC: Array, *, dtype: DTypeLike
+) -> tuple[Float[Array, "B C"], Float[Array, "B C V"]]:
+    """The losses of a chunk, and their weighted gradient, of a whole vocabulary."""
+    rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1))
+    losses, gradient = cross_entropy_rows(*rows, weights_BC.reshape(-1), dtype=dtype)
+    return losses.reshape(targets_BC.shape), gradient.reshape(logits_BCV.shape)
+
+
+def _by_parts(
+    logits_BCV: Array, targets_BC: Array, cut: _Cut
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C V"]]:
     """The losses of a chunk, and their gradient: softmax minus one-hot. V is this
     device's part of the vocabulary; sums and the largest logit are over all of it.
     """
-    logits_BCV = jnp.einsum(
-        "BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype
-    )
-    size = head_VD.shape[0]
+    size = logits_BCV.shape[-1]
     first = jax.lax.axis_index(cut.vocabulary) * size if cut.vocabulary else 0
     is_target_BCV = targets_BC[..., None] == first + jnp.arange(size)
     largest_BC = jax.lax.pmax(logits_BCV.max(axis=-1), cut.vocabulary)

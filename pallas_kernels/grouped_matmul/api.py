@@ -92,18 +92,43 @@ def grouped_swiglu(
     """
     gate, up = _of(gate_GFD, layer), _of(up_GFD, layer)
     expected_rows = _check(x_MD, gate, sizes_G, implementation, expected_rows)
-    if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
-        raise ValueError(
-            f"{gate_GFD.shape=} {gate_GFD.dtype=} and {up_GFD.shape=} {up_GFD.dtype=} "
-            "differ"
-        )
+    _check_swiglu(x_MD, gate_GFD, up_GFD, scale_M)
     sizes_G = _within(sizes_G, x_MD.shape[0])
     if scale_M is None:
         scale_M = jnp.ones(x_MD.shape[0], jnp.float32)
-    if scale_M.shape != x_MD.shape[:1]:
-        raise ValueError(f"{scale_M.shape=} is not one for each row of {x_MD.shape=}")
     operands = (x_MD, gate, up, scale_M, sizes_G)
     return _swiglu(*operands, implementation, expected_rows, keep_result)
+
+
+def grouped_feed_forward(
+    x_MD: Float[Array, "M D"],
+    gate_GFD: Float[Array, "*Y G F D"],
+    up_GFD: Float[Array, "*Y G F D"],
+    down_GDF: Float[Array, "*Y G D F"],
+    sizes_G: Int[Array, " G"],
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    scale_M: Float[Array, " M"] | None = None,
+    implementation: str | None = None,
+    expected_rows: int | None = None,
+    keep_result: bool = False,
+) -> Float[Array, "M D"]:
+    """`grouped_matmul` with `down` of `grouped_swiglu`: a group's whole feed-forward.
+
+    The two, one after the other, but for the gradient on a Hopper GPU: there the one of
+    SwiGLU's result never exists. Rows, sizes, layers, dtypes, options and errors are
+    theirs.
+    """
+    gate, up, down = (_of(w, layer) for w in (gate_GFD, up_GFD, down_GDF))
+    expected_rows = _check(x_MD, gate, sizes_G, implementation, expected_rows)
+    _check_swiglu(x_MD, gate_GFD, up_GFD, scale_M)
+    h_MF = jax.ShapeDtypeStruct((x_MD.shape[0], gate.shape[1]), x_MD.dtype)
+    _check(h_MF, down, sizes_G, implementation, expected_rows)
+    sizes_G = _within(sizes_G, x_MD.shape[0])
+    if scale_M is None:
+        scale_M = jnp.ones(x_MD.shape[0], jnp.float32)
+    operands = (x_MD, gate, up, down, scale_M, sizes_G)
+    return _feed_forward(*operands, implementation, expected_rows, keep_result)
 
 
 # One gradient for all implementations: if each platform's branch had its own, all would
@@ -162,15 +187,49 @@ def _swiglu_backward(implementation, expected_rows, keep_result, saved, dh):
 
     _, back = jax.vjp(combine, gated, lifted, scale)
     dgated, dlifted, dscale = back(dh.astype(jnp.float32))
-    operands = (dgated, dlifted, x, gate.astype(x.dtype), up.astype(x.dtype), sizes)
+    operands = (dgated, dlifted, x, gate, up, sizes)
+    into = _into_swiglu(implementation, expected_rows, *operands)
+    return *into, dscale, None
+
+
+_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _into_swiglu(implementation, expected_rows, dgated, dlifted, x, gate, up, sizes):
+    """The gradients of x, gate and up, from those of both products."""
+    weights = gate.astype(x.dtype), up.astype(x.dtype)
+    operands = (dgated, dlifted, x, *weights, sizes)
     options = {"dtype": gate.dtype, "expected_rows": expected_rows}
     dx, dgate, dup = dispatch(
         implementation, "swiglu_gradients", x, gate, *operands, **options
     )
-    return dx, _among_layers(dgate, gate), _among_layers(dup, up), dscale, None
+    return dx, _among_layers(dgate, gate), _among_layers(dup, up)
 
 
-_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _feed_forward(x, gate, up, down, scale, sizes, *options):
+    h = _swiglu(x, gate, up, scale, sizes, *options)
+    return _product(h, down, sizes, *options[:2])
+
+
+def _feed_forward_forward(x, gate, up, down, scale, sizes, *options):
+    h, saved = _swiglu_forward(x, gate, up, scale, sizes, *options)
+    return _product(h, down, sizes, *options[:2]), (*saved, down, h)
+
+
+def _feed_forward_backward(implementation, expected_rows, keep_result, saved, dy):
+    x, gate, up, scale, sizes, gated, lifted, down, h = saved
+    operands = (dy, h, down.astype(x.dtype), gated, lifted, scale, sizes)
+    options = {"dtype": down.dtype, "expected_rows": expected_rows}
+    dgated, dlifted, dscale, ddown = dispatch(
+        implementation, "down_gradients", h, down, *operands, **options
+    )
+    operands = (dgated, dlifted, x, gate, up, sizes)
+    into = _into_swiglu(implementation, expected_rows, *operands)
+    return *into, _among_layers(ddown, down), dscale, None
+
+
+_feed_forward.defvjp(_feed_forward_forward, _feed_forward_backward)
 
 
 def _of(w: Array, layer: Array | int | None) -> Array | OfLayer:
@@ -193,6 +252,16 @@ def _within(sizes_G: Array, rows: int) -> Array:
     """The sizes, cut where they claim more rows than there are."""
     ends_G = jnp.minimum(jnp.cumsum(sizes_G.astype(jnp.int32)), rows)
     return jnp.diff(ends_G, prepend=0)
+
+
+def _check_swiglu(x_MD, gate_GFD, up_GFD, scale_M) -> None:
+    if (up_GFD.shape, up_GFD.dtype) != (gate_GFD.shape, gate_GFD.dtype):
+        raise ValueError(
+            f"{gate_GFD.shape=} {gate_GFD.dtype=} and {up_GFD.shape=} {up_GFD.dtype=} "
+            "differ"
+        )
+    if scale_M is not None and scale_M.shape != x_MD.shape[:1]:
+        raise ValueError(f"{scale_M.shape=} is not one for each row of {x_MD.shape=}")
 
 
 def _check(x, w, sizes, implementation, expected_rows) -> int:

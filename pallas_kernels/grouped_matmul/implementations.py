@@ -34,6 +34,10 @@ class Implementation(NamedTuple):
     swiglu_gradients: (
         Callable  # dgate, dup, x, gate, up, sizes -> dx, and both weights'
     )
+    down_gradients: (
+        # dy, h, down, gated, lifted, scale, sizes -> those of gated, lifted, scale, down
+        Callable
+    )
 
 
 def dispatch(
@@ -126,8 +130,10 @@ def _composed(product: Callable, gradients: Callable) -> Implementation:
         through_up, dup = gradients(dup, x, up, sizes, **options)
         return through_gate + through_up, dgate, dup
 
-    three = _and_result(both)
-    return Implementation(product, gradients, swiglu, both, three, swiglu_gradients)
+    three, through = _and_result(both), _through_swiglu(gradients)
+    return Implementation(
+        product, gradients, swiglu, both, three, swiglu_gradients, through
+    )
 
 
 def _and_result(both: Callable) -> Callable:
@@ -138,6 +144,17 @@ def _and_result(both: Callable) -> Callable:
         return *products, combine(*products, scale).astype(x.dtype)
 
     return all_three
+
+
+def _through_swiglu(gradients: Callable) -> Callable:
+    """From the gradients of a product, those of one of SwiGLU's result."""
+
+    def down_gradients(dy, h, down, gated, lifted, scale, sizes, **options):
+        dh, ddown = gradients(dy, h, down, sizes, **options)
+        _, back = jax.vjp(combine, gated, lifted, scale)
+        return *back(dh.astype(jnp.float32)), ddown
+
+    return down_gradients
 
 
 def _tpu_gradients(dy, x, w, sizes, *, dtype, **rows):
@@ -191,6 +208,12 @@ def _gpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype):
     return dx, *by_weights
 
 
+def _gpu_down_gradients(dy, h, down, gated, lifted, scale, sizes, *, dtype):
+    operands = (dy, down, gated, lifted, scale, sizes)
+    through = pallas_gpu.swiglu_gradient(*operands)
+    return *through, pallas_gpu.weight_gradient(dy, h, sizes, dtype=dtype)
+
+
 _TPU_COMPOSED = _composed(pallas_tpu.product, _tpu_gradients)
 
 IMPLEMENTATIONS = {
@@ -205,6 +228,7 @@ IMPLEMENTATIONS = {
                 pallas_gpu.both,
                 pallas_gpu.all_three,
                 _gpu_swiglu_gradients,
+                _gpu_down_gradients,
             ),
         )
     ),
@@ -217,5 +241,6 @@ IMPLEMENTATIONS = {
         _tpu_both,
         _and_result(_tpu_both),
         _tpu_swiglu_gradients,
+        _through_swiglu(_tpu_gradients),
     ),
 }

@@ -1,7 +1,8 @@
 """Grouped matmuls for Hopper GPUs, in Pallas Mosaic GPU: the products there are.
 
 `rows_gpu` multiplies rows with their group's matrices or the transposes: the forward
-products and the gradients by rows. `weights_gpu` sums outer products over a group's rows:
+products and the gradients by rows; `swiglu_gradient_gpu` goes on from such a gradient
+through the SwiGLU before. `weights_gpu` sums outer products over a group's rows:
 the gradient by weights. Both are made of what is in `ring_gpu`.
 
 Letters: M rows, I inner, O outer, G groups.
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.layers import Matrices
 from pallas_kernels.grouped_matmul.rows_gpu import multiply_rows
+from pallas_kernels.grouped_matmul.swiglu_gradient_gpu import swiglu_gradient
 from pallas_kernels.grouped_matmul.weights_gpu import weight_gradient
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "product",
     "row_gradient",
     "swiglu",
+    "swiglu_gradient",
     "swiglu_row_gradient",
     "weight_gradient",
 ]

@@ -264,6 +264,7 @@ class _Rows:
 
         @pl.when(count > 0)
         def _():
+            self.before_tile(start, column)
             total = self.ring.sum_up(multiply, steps, step, (half, plan.tiles.columns))
             self.store(total, start, count, column)
 
@@ -272,6 +273,9 @@ class _Rows:
             self.ring.skip(steps, step)
 
         return step + steps
+
+    def before_tile(self, start, column) -> None:
+        """What a warpgroup does before it multiplies: here, nothing."""
 
     def store(self, total, start, count, column) -> None:
         """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""

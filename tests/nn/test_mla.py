@@ -37,10 +37,10 @@ def test_absorbed_equals_expanded(mesh, rng, q_rank, scaling):
     x = jnp.asarray(rng.standard_normal((2, 20, D)), jnp.float32)
     context = Context(positions_BT=jnp.broadcast_to(jnp.arange(20), (2, 20)))
     q, latents = mla.queries(mla.query_latents(x)), mla.latents(x, context)
-    expanded = mla.expanded(*q, *latents, context)
+    expanded = mla.expanded(q, *latents, context)
     latent, rope = latents
     cache = LatentCache(latent_YBSL=latent[None], rope_YBRS=rope.swapaxes(1, 2)[None])
-    absorbed = mla.absorbed(*q, cache, 0, context)
+    absorbed = mla.absorbed(q, cache, 0, context)
     assert expanded.std() > 0.3
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)
 

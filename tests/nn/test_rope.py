@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from dsjax.config import Llama3, Mla, Rope, Yarn
 from dsjax.nn.cache import Context
 from dsjax.nn.mla import MultiHeadLatentAttention
 from dsjax.nn.options import FLOAT32, Build
-from dsjax.nn.rope import frequencies, rotate
+from dsjax.nn.rope import frequencies, rotate, rotate_end
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
 from dsjax.sharding import Sharding
@@ -172,3 +173,22 @@ def test_latent_attention_beyond_the_original_length(mesh, rng, mscale):
         expected += weights @ kv[:, H:] @ w["o"][:, n].T
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got[0], expected, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_rotated_end_is_the_rest_beside_it(rng, interleaved):
+    """And so is its gradient."""
+    rope = Rope(interleaved=interleaved)
+    x, dy = (jnp.asarray(rng.standard_normal((2, 5, 3, 20)), jnp.float32) for _ in "xy")
+    positions = jnp.asarray(rng.integers(0, 100, (2, 5)), jnp.int32)
+
+    def apart(x):
+        end = rotate(x[..., 12:], positions, rope)
+        return jnp.concatenate([x[..., :12], end], axis=-1)
+
+    def at_once(x):
+        return rotate_end(x, positions, rope, 8)
+
+    (y, back), (expected, expected_back) = (jax.vjp(f, x) for f in (at_once, apart))
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(*back(dy), *expected_back(dy), rtol=1e-6)

@@ -9,7 +9,11 @@ import pytest
 from pallas_kernels import dispatch, reference_only
 from pallas_kernels.flash_attention import flash_attention
 from pallas_kernels.fp8_matmul.api import fp8_matmul
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import (
+    grouped_feed_forward,
+    grouped_matmul,
+    grouped_swiglu,
+)
 from pallas_kernels.mla_decode import append, mla_decode
 
 KERNELS = {"tpu": "one", "cuda": "other"}
@@ -58,6 +62,10 @@ OPERATIONS = {  # what calls it, operands
     "grouped_swiglu": (
         grouped_swiglu,
         [spec(8, 128), spec(2, 128, 128), spec(2, 128, 128), TWO],
+    ),
+    "grouped_feed_forward": (
+        grouped_feed_forward,
+        [spec(8, 128), *[spec(2, 128, 128)] * 3, TWO],
     ),
     "mla_decode": (
         lambda *operands, **how: mla_decode(*operands, layer=0, scale=1.0, **how),

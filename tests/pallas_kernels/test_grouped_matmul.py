@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import (
+    grouped_feed_forward,
+    grouped_matmul,
+    grouped_swiglu,
+)
 from pallas_kernels.grouped_matmul.api import KEPT
 from pallas_kernels.grouped_matmul.reference import block_count, block_rows
 from tests.pallas_kernels.interpret import interpreted
@@ -226,6 +230,60 @@ def test_a_result_that_is_kept_is_the_same_and_is_not_made_again(rng):
     assert calls == [1, 1]  # what the backward pass itself needs
 
 
+@functools.cache
+def feed_forward_and_gradients(implementation, keep_result=False):
+    @jax.jit
+    def call(x, gate, up, down, scale, dy, sizes):
+        def feed_forward(x, gate, up, down, scale):
+            options = {"implementation": implementation, "keep_result": keep_result}
+            return grouped_feed_forward(
+                *(x, gate, up, down, sizes), scale_M=scale, **options
+            )
+
+        y, back = jax.vjp(feed_forward, x, gate, up, down, scale)
+        return y, *back(dy)
+
+    return call
+
+
+@each_implementation
+@pytest.mark.parametrize("case", ["uneven", "surplus tile", "more than there are"])
+def test_feed_forward_equals_its_definition(rng, case, implementation):
+    x, gate, up, scale, h = swiglu_operands(rng)
+    down = jnp.asarray(rng.standard_normal((4, 256, 384)) * 384**-0.5, F32)
+    dy, sizes = jnp.asarray(rng.standard_normal(x.shape), F32), SIZES[case]
+    call = feed_forward_and_gradients(implementation)
+    got = run(call, implementation, x, gate, up, down, scale, dy, jnp.asarray(sizes))
+    h, *_ = swiglu_by_hand(x, gate, up, scale, h, sizes)
+    y, dh, ddown = loop_over_groups(h, down, dy, sizes)
+    _, dx, dgate, dup, dscale = swiglu_by_hand(x, gate, up, scale, dh, sizes)
+    for array, expected in zip(got, (y, dx, dgate, dup, ddown, dscale), strict=True):
+        np.testing.assert_allclose(array, expected, atol=1e-4)
+
+
+def test_feed_forward_is_swiglu_and_product(rng):
+    """Of bfloat16 to the bit, gradients too, whether the result is kept or not."""
+    x, gate, up, scale, _ = swiglu_operands(rng, jnp.bfloat16)
+    down = jnp.asarray(rng.standard_normal((4, 256, 384)), jnp.bfloat16)
+    dy, sizes = jnp.asarray(rng.standard_normal(x.shape), x.dtype), SIZES["uneven"]
+    arrays, sizes = (x, gate, up, down, scale), jnp.asarray(sizes)
+
+    @jax.jit
+    def apart(x, gate, up, down, scale, dy, sizes):
+        def call(x, gate, up, down, scale):
+            h = grouped_swiglu(x, gate, up, sizes, scale_M=scale)
+            return grouped_matmul(h, down, sizes)
+
+        y, back = jax.vjp(call, x, gate, up, down, scale)
+        return y, *back(dy)
+
+    expected = apart(*arrays, dy, sizes)
+    for keep_result in (False, True):
+        got = feed_forward_and_gradients(None, keep_result)(*arrays, dy, sizes)
+        for one, other in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_swiglu_without_a_scale(rng):
     x, gate, up, scale, _ = swiglu_operands(rng)
     sizes = jnp.asarray(SIZES["uneven"])
@@ -368,3 +426,8 @@ def test_swiglu_names_what_differs(rng):
         swiglu(x, gate, up[:, :128], sizes)
     with pytest.raises(ValueError, match=r"scale_M.shape=\(7,\)"):
         swiglu(x, gate, up, sizes, scale_M=scale[:7])
+    feed_forward, down = inspect.unwrap(grouped_feed_forward), up.swapaxes(1, 2)
+    with pytest.raises(ValueError, match="differ"):
+        feed_forward(x, gate, up[:, :128], down, sizes)
+    with pytest.raises(ValueError, match=r"last axes of .*\(300, 384\).* differ"):
+        feed_forward(x, gate, up, up, sizes)

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import (
+    grouped_feed_forward,
+    grouped_matmul,
+    grouped_swiglu,
+)
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     by_size,
     place,
@@ -126,7 +130,11 @@ def test_what_it_does_not_take_is_said():
 
 
 COMPILE = """
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul import (
+    grouped_feed_forward,
+    grouped_matmul,
+    grouped_swiglu,
+)
 
 
 def product(x, w, sizes, dy):
@@ -142,6 +150,16 @@ def swiglu(x, w, sizes, dh):
 
     _, back = jax.vjp(lambda x, gate, up: grouped_swiglu(x, gate, up, sizes), x, w, w)
     return h, *jax.vjp(kept, x, w, w)[0:1], *back(dh)
+
+
+def feed_forward(x, w, sizes, dh):
+    def kept(x, gate, up, down):
+        options = {{"keep_result": True}}
+        return grouped_feed_forward(x, gate, up, down, sizes, **options)
+
+    down = w.swapaxes(1, 2)
+    y, back = jax.vjp(kept, x, w, w, down)
+    return y, *back(x)
 
 
 def decode(x, w, sizes, _):
@@ -175,6 +193,7 @@ aot = pytest.mark.aot
     [
         ("product", DOWN, "float32"),
         ("swiglu", UP, "float32"),
+        ("feed_forward", UP, "bfloat16"),
         ("decode", (64, 128, 1024, 1024), "bfloat16"),
         pytest.param("product", UP, "bfloat16", marks=aot),
         pytest.param("swiglu", DOWN, "bfloat16", marks=aot),
@@ -187,13 +206,16 @@ aot = pytest.mark.aot
         pytest.param("product", (2043, 3, 192, 320), "bfloat16", marks=aot),
         pytest.param("swiglu", (100, 3, 200, 104), "bfloat16", marks=aot),
         pytest.param("product", (2048, 5, 896, 64), "bfloat16", marks=aot),
+        pytest.param("feed_forward", (24576, 64, 1408, 2048), "bfloat16", marks=aot),
+        pytest.param("feed_forward", (2043, 3, 200, 104), "bfloat16", marks=aot),
+        pytest.param("feed_forward", (32768, 8, 2048, 7168), "float32", marks=aot),
     ],
     ids=str,
 )
 def test_compiles_for_an_h200_without_spills(function, shape, weights):
     program = COMPILE.format(function=function, shape=shape, weights=weights)
     printed, _ = compile_for_h200(program)
-    kernels = {"product": 3, "swiglu": 6, "decode": 1}[function]
+    kernels = {"product": 3, "swiglu": 6, "feed_forward": 7, "decode": 1}[function]
     assert f"kernels: {kernels}" in printed
     if function == "decode":  # no layer is cut out of the stack
         assert int(printed.split("temporaries:")[1]) < 2**24
@@ -321,6 +343,26 @@ def test_swiglu_equals_float32_on_the_gpu(groups, keep_result):
         check([alone(False, sizes, *operand)], expected[:1])
         # The gradient's own operands are rounded, too.
         check(and_gradients(run, sizes, *operand, dh), expected, tolerance=6e-3)
+
+
+def feed_forward(sizes, x, gate, up, down, scale):
+    options = {"implementation": "hopper", "keep_result": True}
+    return grouped_feed_forward(x, gate, up, down, sizes, scale_M=scale, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", SHAPES)
+def test_feed_forward_equals_float32_on_the_gpu(groups):
+    for sizes in uneven_sizes(groups).values():
+        x, gate, up, h, scale = operands(groups, sizes.sum())
+        dy, down = jnp.flip(x, 1), jnp.flip(up.swapaxes(1, 2), 2)
+        operand = x, gate, up, down, scale
+        found = and_gradients(feed_forward, jnp.asarray(sizes), *operand, dy)
+        x, gate, up, down, scale, dy, h = wide(*operand, dy, h)
+        h, *_ = swiglu_by_hand(x, gate, up, h, scale, sizes)
+        y, dh, ddown = product_by_hand(h, down, dy, sizes)
+        _, *into, dscale = swiglu_by_hand(x, gate, up, dh, scale, sizes)
+        check(found, (y, *into, ddown, dscale), tolerance=8e-3)
 
 
 @pytest.mark.gpu

@@ -204,23 +204,23 @@ def work(name: str, mode: Mode) -> Work:
     )
 
 
-def batched(x_MK, w_GNK, sizes_G, **_):
+def batched(x_MK, w_GNK, sizes_G):
     """As many products as a grouped matmul does, in a form that XLA counts."""
     x_GMK = x_MK.reshape(len(w_GNK), -1, x_MK.shape[1])
     y_GMN = jnp.einsum("gmk,gnk->gmn", x_GMK, w_GNK)
     return y_GMN.reshape(len(x_MK), -1) + 0 * sizes_G.sum().astype(x_MK.dtype)
 
 
-def batched_swiglu(x_MK, gate_GNK, up_GNK, sizes_G, **options):
-    gate_MN = batched(x_MK, gate_GNK, sizes_G, **options)
-    return jax.nn.silu(gate_MN) * batched(x_MK, up_GNK, sizes_G, **options)
+def batched_feed_forward(x_MK, gate_GNK, up_GNK, down_GKN, sizes_G, **_):
+    gate_MN, up_MN = (batched(x_MK, w_GNK, sizes_G) for w_GNK in (gate_GNK, up_GNK))
+    return batched(jax.nn.silu(gate_MN) * up_MN, down_GKN, sizes_G)
 
 
 @pytest.fixture
 def countable(monkeypatch):
     """Grouped products that XLA counts, and no rounds for what is over."""
-    monkeypatch.setattr("dsjax.nn.experts.grouped_matmul", batched)
-    monkeypatch.setattr("dsjax.nn.experts.grouped_swiglu", batched_swiglu)
+    feed_forward = "dsjax.nn.experts.grouped_feed_forward"
+    monkeypatch.setattr(feed_forward, batched_feed_forward)
     monkeypatch.setattr("dsjax.nn.dispatch.SLACK", 1.0)
     monkeypatch.setattr(jax.lax, "while_loop", lambda condition, body, start: start)
 
