@@ -62,7 +62,7 @@ def swiglu_gradient(
     dy, gated, lifted = (padded(a, ALIGN, LINE) for a in (dy_MO, gated_MI, lifted_MI))
     w, first = _lying(w_GOI)
     (M, outer), groups, dtype = dy.shape, sizes_G.shape[0], dy.dtype
-    tiles = tiles or row_tiles(M, groups, gated.shape[1], turned=False)
+    tiles = tiles or row_tiles(M, groups, gated.shape[1], outer, turned=False)
     tiles = tiles._replace(stages=3)  # the products' chunks take the memory of one
     plan = _Plan(
         *(tiles, False, 1, 1, False, False),
