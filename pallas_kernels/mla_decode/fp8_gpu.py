@@ -60,12 +60,13 @@ def lacks(
     q_BTNL: Float[Array, "B T N L"],
     q_BTNR: Float[Array, "B T N R"],
     latent_YXZL: Float[Array, "Y X Z L"],
+    rope_YXRZ: Float[Array, "Y X R Z"],
 ) -> str:
     """Why the kernel does not take these, or nothing."""
-    if latent_YXZL.dtype != jnp.float8_e4m3fn:
-        return f"takes float8_e4m3fn, not {latent_YXZL.dtype}"
-    wide = jax.ShapeDtypeStruct(latent_YXZL.shape, jnp.bfloat16)
-    return pallas_gpu.lacks(q_BTNL, q_BTNR, wide)
+    dtypes = [x.dtype.name for x in (q_BTNL, q_BTNR, rope_YXRZ, latent_YXZL)]
+    if dtypes != ["bfloat16"] * 3 + ["float8_e4m3fn"]:
+        return f"takes bfloat16 and latents of float8_e4m3fn, not {', '.join(dtypes)}"
+    return pallas_gpu.lacks_sizes(q_BTNL, q_BTNR, latent_YXZL)
 
 
 def decode(

@@ -70,10 +70,19 @@ def lacks(
     latent_YXZL: Float[Array, "Y X Z L"],
 ) -> str:
     """Why the kernel does not take these, or nothing."""
-    B, T, N, size = q_BTNL.shape
     dtypes = {x.dtype.name for x in (q_BTNL, q_BTNR, latent_YXZL)}
     if dtypes != {"bfloat16"}:
         return f"takes bfloat16, not {', '.join(sorted(dtypes))}"
+    return lacks_sizes(q_BTNL, q_BTNR, latent_YXZL)
+
+
+def lacks_sizes(
+    q_BTNL: Float[Array, "B T N L"],
+    q_BTNR: Float[Array, "B T N R"],
+    latent_YXZL: Float[Array, "Y X Z L"],
+) -> str:
+    """The same, whatever the dtypes."""
+    B, T, N, size = q_BTNL.shape
     if (size, q_BTNR.shape[-1]) != (L, R):
         return f"takes sizes {L} and {R}, not {size} and {q_BTNR.shape[-1]}"
     if latent_YXZL.shape[2] % BLOCK:
