@@ -1,13 +1,17 @@
 """Absorbed MLA decoding on FP8 latents, for Hopper GPUs: `pallas_gpu` with one thing more.
 
 Wgmma multiplies FP8 only where both matrices lie along the sum, which the values do not:
-latents have to be 16 bits wide in shared memory. So a quarter of a block, [64, 128] in
-e4m3, is copied into the upper half of the place that it will fill, and its scales into the
-lower half; the warpgroup whose values it holds reads both into registers, and writes it in
-bfloat16, scaled, over them. What multiplies scores waits for that instead of for the copy.
+latents have to be 16 bits wide in shared memory. So each of the warpgroups that multiply
+values converts its half of a block: e4m3 times the scale of a slot, in bfloat16, which is
+exact where scales are powers of two. What multiplies scores waits for that instead of for
+the copy; from there on all is as in `pallas_gpu`.
 
-Scores and values then are those of `pallas_gpu`, on the same tiles. e4m3 times a power of
-two is exact in bfloat16; with other scales values are rounded once more.
+Shared memory is full, and there are two ways to let a quarter of a block arrive:
+
+    in place  in the upper half of the place that it will fill, its scales in the lower:
+              all of it is in registers before the first of it is written
+    ahead     where a tile has 16 or 32 queries of 64, the rows that it lacks are the
+              places of blocks to come; the products of such rows are never looked at
 
 Letters as in `pallas_gpu`.
 """
@@ -15,7 +19,7 @@ Letters as in `pallas_gpu`.
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +52,14 @@ from pallas_kernels.mla_decode.pallas_gpu import (
     _Stretch,
     _zero_behind,
 )
+from pallas_kernels.mla_decode.quantize import E4M3
 from pallas_kernels.mla_decode.schedule_gpu import schedule
 from pallas_kernels.mosaic import load
 
 PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in bfloat16
 FETCH_AHEAD = int(os.environ.get("FP8_FETCH", "0"))
 OVERLAP = bool(int(os.environ.get("FP8_OVERLAP", "0")))
+AHEAD = bool(int(os.environ.get("FP8_AHEAD", "0")))
 
 
 def lacks(
@@ -107,39 +113,32 @@ def decode(
 def _call(sizes: _Sizes):
     """The kernel, of arguments and results as `decode` has them."""
     s, tiles, places = sizes, sizes.tiles, 2 * sizes.parts
-    shared = _Shared.types(clustered=s.clustered)
-    quarters = (SLOTS, 2, 2)
-    shared = shared._replace(
-        # One memory: as products read it, as copies fill it, and as bytes.
-        latents=plgpu.RefUnion(
-            shared.latents,
-            plgpu.SMEM((*quarters, 2, BLOCK, QUARTER), jnp.float8_e4m3fn),
-            plgpu.SMEM((*quarters, PLACE // 4), jnp.float32),
-            plgpu.SMEM((*quarters, PLACE), jnp.int8),
-        ),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=ROPE + 1),
-    )
 
     def kernel(*refs):
         *arguments, latent_scale = refs[:13]
 
-        def run(converted, *shared):
+        def run(converted, arrived, taken, *shared):
             shared = _Shared(*shared)
             latents, codes, scales, places = shared.latents
+            q, q_rope = shared.q, shared.q_rope
+            if _is_ahead(s):
+                (q, (_, codes)), (q_rope, (_, scales)) = q, q_rope
             _Fp8Kernel(
                 sizes,
                 *arguments,
                 *refs[13:],
-                shared._replace(latents=latents),
+                shared._replace(latents=latents, q=q, q_rope=q_rope),
                 latent_scale=latent_scale,
                 codes=codes,
                 scales=scales,
                 places=places,
                 converted=converted,
+                arrived=arrived,
+                taken=taken,
             ).run()
 
-        converted = plgpu.Barrier(num_barriers=ROPE)
-        pl.run_scoped(run, converted, *shared, collective_axes="warpgroup")
+        types = _shared_types(s)
+        pl.run_scoped(run, *types, collective_axes="warpgroup")
 
     grid: dict[str, Any] = dict(grid=(tiles, s.parts), grid_names=("tile", "part"))
     if s.clustered:
@@ -158,8 +157,7 @@ def _call(sizes: _Sizes):
         cost_estimate=pl.CostEstimate(  # of full rows
             flops=2 * s.slots * queries * (L + R + L),
             transcendentals=s.slots * queries,
-            bytes_accessed=s.B * s.slots * (L + 4 + 2 * R)
-            + 2 * queries * (L + R + L),
+            bytes_accessed=s.B * s.slots * (L + 4 + 2 * R) + 2 * queries * (L + R + L),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -170,15 +168,78 @@ def _call(sizes: _Sizes):
     )
 
 
+def _is_ahead(sizes: _Sizes) -> bool:
+    """Whether a tile lacks so many rows that a block in e4m3 has room in their place."""
+    return AHEAD and sizes.rows <= TALL // 2
+
+
+def _shared_types(sizes: _Sizes) -> tuple:
+    """What to allocate: barriers for quarters that are converted, that have arrived ahead
+    and that have been taken there; then what `_Shared` is made of.
+    """
+    shared, quarters = _Shared.types(clustered=sizes.clustered), (SLOTS, 2, 2)
+    shared = shared._replace(
+        # One memory: as products read it, as copies fill it, and as bytes.
+        latents=plgpu.RefUnion(
+            shared.latents,
+            plgpu.SMEM((*quarters, 2, BLOCK, QUARTER), E4M3),
+            plgpu.SMEM((*quarters, PLACE // 4), jnp.float32),
+            plgpu.SMEM((*quarters, PLACE), jnp.int8),
+        ),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=ROPE + 1),
+    )
+    if _is_ahead(sizes):
+        rows = TALL // 2
+        own, own_rope = (plgpu.SMEM((rows * 2 * size,), jnp.int8) for size in (L, R))
+        codes = plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)
+        scales = plgpu.SMEM((2, 2, BLOCK), jnp.float32)
+        shared = shared._replace(
+            q=plgpu.RefUnion(shared.q, (own, codes)),
+            q_rope=plgpu.RefUnion(shared.q_rope, (own_rope, scales)),
+        )
+    return (
+        plgpu.Barrier(num_barriers=ROPE),
+        plgpu.Barrier(num_arrivals=2, num_barriers=len(QUARTERS)),
+        plgpu.Barrier(num_barriers=len(QUARTERS)),
+        *shared,
+    )
+
+
+class _Landing(NamedTuple):
+    """Where a quarter arrives."""
+
+    codes: Any
+    scales: Any
+    full: Any
+    free: Any
+    used: Any  # whether another was there before
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Fp8Kernel(_Kernel):
     """One block of threads."""
 
     latent_scale: Any
-    codes: Any  # [SLOTS, 2, 2, 2, 64, L / 4]: where quarters arrive is the last 2's 1
-    scales: Any  # [SLOTS, 2, 2, ..]: where their scales do, the first 64
+    codes: Any  # [SLOTS, 2, 2, 2, 64, L / 4], of the last 2 the 1; or [2, 2, 64, L / 4]
+    scales: Any  # [SLOTS, 2, 2, ..], the first 64; or [2, 2, 64]
     places: Any  # [SLOTS, 2, 2, bytes]
     converted: Any  # quarters
+    arrived: Any  # ahead
+    taken: Any  # from there
+
+    def landing(self, step, half: int, quarter: int) -> _Landing:
+        if _is_ahead(self.sizes):
+            at, barrier = (half, quarter), 2 * half + quarter
+            there = self.codes.at[at], self.scales.at[at]
+            barriers = self.arrived.at[barrier], self.taken.at[barrier]
+            return _Landing(*there, *barriers, step > 0)
+        at, barrier = (
+            (lax.rem(step, SLOTS), half, quarter),
+            _quarter(step, half, quarter),
+        )
+        there = self.codes.at[(*at, 1)], self.scales.at[(*at, pl.ds(0, BLOCK))]
+        barriers = self.shared.full.at[barrier], self.shared.free.at[barrier]
+        return _Landing(*there, *barriers, step >= SLOTS)
 
     # --- copies
 
@@ -187,40 +248,27 @@ class _Fp8Kernel(_Kernel):
         shared, step = self.shared, stretch.done + block - stretch.first
         second = lax.rem(block - stretch.first, 2) == 1
         pair = ("pair",) if self.sizes.clustered else None
-        if FETCH_AHEAD and not self.sizes.clustered:
 
-            @pl.when(block + FETCH_AHEAD < stretch.last)
+        def copy(source, target, barrier):
+            plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=pair)
+
+        def copy_rope():
+            @pl.when(step > 0)
             def _():
-                first = self.layer[0] * self.sizes.X
-                later, turned, _ = self.cached(stretch, first, block + FETCH_AHEAD)
-                plgpu.async_prefetch(later)
-                plgpu.async_prefetch(turned)
+                plgpu.barrier_wait(shared.free.at[ROPE])
 
-        def load(number, slots, *copies):
-            @pl.when(step >= slots)
-            def _():
-                plgpu.barrier_wait(shared.free.at[number])
+            # In two, since the quarters' barriers take two arrivals.
+            for part in pl.ds(0, R // 2), pl.ds(R // 2, R // 2):
+                copy(rope.at[part], shared.rope.at[part], shared.full.at[ROPE])
 
-            for source, target in copies:
-                barrier = shared.full.at[number]
-                plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=pair)
-
-        def load_rope():
-            # In two, since there are two copies to each of these barriers.
-            halves = pl.ds(0, R // 2), pl.ds(R // 2, R // 2)
-            load(ROPE, 1, *((rope.at[half], shared.rope.at[half]) for half in halves))
-
-        pl.when(~second)(load_rope)
+        pl.when(~second)(copy_rope)
         for half, quarter in QUARTERS:
             columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-            place = (lax.rem(step, SLOTS), half, quarter)
-            load(
-                _quarter(step, half, quarter),
-                SLOTS,
-                (latents.at[:, columns], self.codes.at[(*place, 1)]),
-                (scales, self.scales.at[(*place, pl.ds(0, BLOCK))]),
-            )
-        pl.when(second)(load_rope)
+            there = self.landing(step, half, quarter)
+            pl.when(there.used)(functools.partial(plgpu.barrier_wait, there.free))
+            copy(latents.at[:, columns], there.codes, there.full)
+            copy(scales, there.scales, there.full)
+        pl.when(second)(copy_rope)
 
     def fetch(self, latents, rope, scales) -> None:
         super().fetch(latents, rope)
@@ -231,9 +279,10 @@ class _Fp8Kernel(_Kernel):
         if s.paged:
             place = self.pages[place, lax.div(slot, s.Z)]
             slot = lax.rem(slot, s.Z)
+        place += layer
         slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-        scales = self.latent_scale.at[place + layer, slots]
-        return *super().cached(stretch, layer, block), scales
+        rope, scales = self.rope.at[place, :, slots], self.latent_scale.at[place, slots]
+        return self.latent.at[place, slots], rope, scales
 
     # --- scores
 
@@ -257,11 +306,14 @@ class _Fp8Kernel(_Kernel):
     def convert(self, half: int, step) -> None:
         """A block's half of the columns."""
         for quarter in range(2):
-            number = _quarter(step, half, quarter)
-            plgpu.barrier_wait(self.shared.full.at[number])
-            _convert(self.places.at[lax.rem(step, SLOTS), half, quarter])
+            there = self.landing(step, half, quarter)
+            plgpu.barrier_wait(there.full)
+            place = self.places.at[lax.rem(step, SLOTS), half, quarter]
+            _convert(place, there.codes, there.scales)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(self.converted.at[number])
+            plgpu.barrier_arrive(self.converted.at[_quarter(step, half, quarter)])
+            if _is_ahead(self.sizes):
+                plgpu.barrier_arrive(there.free)
 
     def add_block(self, half: int, stretch: _Stretch, step, acc):
         shared, at, more = self.shared, lax.rem(step, 2), step + 1 < stretch.end
@@ -310,38 +362,36 @@ class _Fp8Kernel(_Kernel):
         return acc
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def _convert(_, place) -> None:
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+def _convert(_, place, codes, scales) -> None:
     """A quarter's e4m3 to bfloat16, times scales: each lane has 8 columns of 8 rows. All
-    is read before anything is written, since it is written over it.
+    is read before anything is written: it may lie where that goes.
 
-    In bytes: scales lie at 0, rows of 128 values at 8192; the result's tiles of 8 rows and
-    64 columns, whose 16 bytes are swizzled by the row, follow each other.
+    In bytes: rows of 128 values follow each other; so do the result's tiles of 8 rows and
+    64 columns, whose 16 bytes are swizzled by the row.
     """
     i32 = ir.IntegerType.get_signless(32)
 
     def number(value: int):
         return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
+    def at(ref, *terms):
+        start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
+        offsets = (arith.muli(x, number(size)) for x, size in terms)
+        return functools.reduce(arith.addi, offsets, start)
+
     lane = arith.remui(utils.thread_idx(), number(128))
     strip = arith.shrui(lane, number(4))  # of 8 rows
     column = arith.andi(lane, number(15))
-    start = llvm.ptrtoint(i32, utils.memref_ptr(place))
-
-    def at(*terms):
-        return functools.reduce(
-            arith.addi, (arith.muli(x, number(size)) for x, size in terms), start
-        )
-
-    source = at((strip, 1024), (column, 8))
-    scales = [_load(4, at((strip, 32)), 16 * part) for part in range(2)]
-    scales = [scale for four in scales for scale in four]
-    found = [_load(2, source, PLACE // 2 + 128 * row) for row in range(8)]
+    factors = [_load(4, at(scales, (strip, 32)), 16 * part) for part in range(2)]
+    factors = [factor for four in factors for factor in four]
+    source = at(codes, (strip, 1024), (column, 8))
+    found = [_load(2, source, 128 * row) for row in range(8)]
     utils.warpgroup_barrier()
-    tile = at((strip, 2048), (arith.shrui(column, number(3)), 1024))
+    tile = at(place, (strip, 2048), (arith.shrui(column, number(3)), 1024))
     unit = arith.shli(arith.andi(column, number(7)), number(4))
-    for row, (eight, scale) in enumerate(zip(found, scales)):
-        wide = [pair for four in eight for pair in _four_to_bfloat16(four, scale)]
+    for row, (eight, factor) in enumerate(zip(found, factors)):
+        wide = [pair for four in eight for pair in _four_to_bfloat16(four, factor)]
         target = arith.addi(tile, arith.xori(unit, number(16 * row)))
         _store(wide, target, 128 * row)
 
