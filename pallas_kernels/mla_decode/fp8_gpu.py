@@ -18,8 +18,8 @@ Letters as in `pallas_gpu`.
 
 import functools
 import os
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mla_decode import pallas_gpu
-from pallas_kernels.mla_decode.combine_gpu import combine
+from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST, combine
 from pallas_kernels.mla_decode.pallas_gpu import (
     BLOCK,
     COLUMN,
+    GROWTH,
     HALF,
+    MATRIX,
     QUARTER,
     QUARTERS,
     ROPE,
+    SCORES,
     SLOTS,
     TALL,
+    TILED,
     L,
     R,
     _any_below_one,
@@ -60,6 +64,9 @@ PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in bfloat16
 FETCH_AHEAD = int(os.environ.get("FP8_FETCH", "0"))
 OVERLAP = bool(int(os.environ.get("FP8_OVERLAP", "0")))
 AHEAD = bool(int(os.environ.get("FP8_AHEAD", "0")))
+SINGLE = bool(int(os.environ.get("FP8_SINGLE", "1")))
+POSITION = int(os.environ.get("FP8_POSITION", "1"))
+HEADROOM = 7
 
 
 def lacks(
@@ -119,16 +126,21 @@ def _call(sizes: _Sizes):
 
         def run(converted, arrived, taken, *shared):
             shared = _Shared(*shared)
-            latents, codes, scales, places = shared.latents
+            latents, results, codes, scales, places = shared.latents
             q, q_rope = shared.q, shared.q_rope
+            q, q_narrow, (q_bytes, *ahead) = q
             if _is_ahead(s):
-                (q, (_, codes)), (q_rope, (_, scales)) = q, q_rope
+                (codes,) = ahead
+                q_rope, (_, scales) = q_rope
             _Fp8Kernel(
                 sizes,
                 *arguments,
                 *refs[13:],
                 shared._replace(latents=latents, q=q, q_rope=q_rope),
                 latent_scale=latent_scale,
+                q_narrow=q_narrow,
+                q_bytes=q_bytes,
+                results=results,
                 codes=codes,
                 scales=scales,
                 places=places,
@@ -178,25 +190,30 @@ def _shared_types(sizes: _Sizes) -> tuple:
     and that have been taken there; then what `_Shared` is made of.
     """
     shared, quarters = _Shared.types(clustered=sizes.clustered), (SLOTS, 2, 2)
+    matrix = functools.partial(plgpu.SMEM, dtype=jnp.float16, transforms=TILED)
     shared = shared._replace(
         # One memory: as products read it, as copies fill it, and as bytes.
         latents=plgpu.RefUnion(
+            matrix((*quarters, BLOCK, QUARTER)),
             shared.latents,
             plgpu.SMEM((*quarters, 2, BLOCK, QUARTER), E4M3),
             plgpu.SMEM((*quarters, PLACE // 4), jnp.float32),
             plgpu.SMEM((*quarters, PLACE), jnp.int8),
         ),
+        weights=matrix((2, TALL, BLOCK)),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=ROPE + 1),
     )
+    rows, ahead = TALL, []
     if _is_ahead(sizes):
         rows = TALL // 2
-        own, own_rope = (plgpu.SMEM((rows * 2 * size,), jnp.int8) for size in (L, R))
-        codes = plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)
+        ahead = [plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)]
+        own_rope = plgpu.SMEM((rows * 2 * R,), jnp.int8)
         scales = plgpu.SMEM((2, 2, BLOCK), jnp.float32)
-        shared = shared._replace(
-            q=plgpu.RefUnion(shared.q, (own, codes)),
-            q_rope=plgpu.RefUnion(shared.q_rope, (own_rope, scales)),
-        )
+        q_rope = plgpu.RefUnion(shared.q_rope, (own_rope, scales))
+        shared = shared._replace(q_rope=q_rope)
+    own = plgpu.SMEM((rows * 2 * L,), jnp.int8)
+    q = plgpu.RefUnion(shared.q, matrix((1, TALL, L)), (own, *ahead))
+    shared = shared._replace(q=q)
     return (
         plgpu.Barrier(num_barriers=ROPE),
         plgpu.Barrier(num_arrivals=2, num_barriers=len(QUARTERS)),
@@ -219,7 +236,16 @@ class _Landing(NamedTuple):
 class _Fp8Kernel(_Kernel):
     """One block of threads."""
 
+    registers: ClassVar[dict[str, int]] = (
+        {"values": 192, "weights": 96, "copies": 32}
+        if SINGLE
+        else pallas_gpu.REGISTERS
+    )
+
     latent_scale: Any
+    q_narrow: Any  # [1, 64, L]: the queries in float16
+    q_bytes: Any
+    results: Any  # [SLOTS, 2, 2, 64, L / 4], in bfloat16
     codes: Any  # [SLOTS, 2, 2, 2, 64, L / 4], of the last 2 the 1; or [2, 2, 64, L / 4]
     scales: Any  # [SLOTS, 2, 2, ..], the first 64; or [2, 2, 64]
     places: Any  # [SLOTS, 2, 2, bytes]
@@ -261,14 +287,15 @@ class _Fp8Kernel(_Kernel):
             for part in pl.ds(0, R // 2), pl.ds(R // 2, R // 2):
                 copy(rope.at[part], shared.rope.at[part], shared.full.at[ROPE])
 
-        pl.when(~second)(copy_rope)
+        if not SINGLE:
+            pl.when(~second)(copy_rope)
         for half, quarter in QUARTERS:
             columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
             there = self.landing(step, half, quarter)
             pl.when(there.used)(functools.partial(plgpu.barrier_wait, there.free))
             copy(latents.at[:, columns], there.codes, there.full)
             copy(scales, there.scales, there.full)
-        pl.when(second)(copy_rope)
+        pl.when(second | SINGLE)(copy_rope)
 
     def fetch(self, latents, rope, scales) -> None:
         super().fetch(latents, rope)
@@ -293,15 +320,83 @@ class _Fp8Kernel(_Kernel):
             plgpu.barrier_wait(self.converted.at[_quarter(step, half, quarter)])
             columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
             latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
-            plgpu.wgmma(acc, shared.q.at[zero, :, columns], latents.T)
+            plgpu.wgmma(acc, self.q_narrow.at[zero, :, columns], latents.T)
+
+    def weigh_stretch(self, stretch: _Stretch) -> None:
+        plgpu.barrier_wait(self.shared.q_full)
+        _to_float16(self.q_bytes)
+        plgpu.commit_smem()
+        highest = plgpu.layout_cast(jnp.full((TALL,), LOWEST, jnp.float32), COLUMN)
+        # What weights sum up to, in 8 parts a row: added up at the end.
+        total = plgpu.layout_cast(jnp.zeros((TALL, 8), jnp.float32), MATRIX)
+        state = highest, total
+        if SINGLE:
+            weigh = functools.partial(self.weigh_block, stretch)
+            lax.fori_loop(stretch.first, stretch.last, weigh, state)
+            return
+        count = stretch.last - stretch.first
+        pair = functools.partial(self.weigh_pair, stretch)
+        state = lax.fori_loop(0, lax.div(count, 2), pair, state)
+
+        @pl.when(lax.rem(count, 2) == 1)
+        def _():
+            self.weigh_last(stretch, state)
+
+    def weigh_block(self, stretch: _Stretch, block, state):
+        step = stretch.done + block - stretch.first
+
+        def multiply(acc):
+            self.multiply_latents(acc, stretch, step)
+            self.multiply_rope(acc)
+            return acc[...]
+
+        scores = pl.run_scoped(multiply, SCORES)
+        plgpu.barrier_arrive(self.shared.free.at[ROPE])
+        ends = block + 1 == stretch.last
+        pl.when(ends)(lambda: plgpu.barrier_arrive(self.shared.q_free))
+        state = self.soften(stretch, block, scores, state)
+        pl.when(ends)(lambda: self.finish(stretch, state))
+        self.publish(step)
+        return state
+
+    def soften(self, stretch: _Stretch, block, scores, state):
+        """As weights are float16: 2 ** (7 + scores - highest), at most 2 ** 15, so that
+        those of 2 ** -31 still count.
+        """
+        shared, (highest, total) = self.shared, state
+        step = stretch.done + block - stretch.first
+        scale = self.sizes.scale * LOG2E
+        scores = self.masked(stretch, block, scores if scale >= 0 else -scores)
+        scale, before = abs(scale), highest
+        highest = jnp.maximum(before, scores.max(axis=1) * scale - HEADROOM)
+        highest = jnp.where(highest > before + GROWTH, highest, before)
+        factor = jnp.exp2(before - highest)
+        weights = jnp.exp2(scores * scale - _rows(highest, scores))
+        total = total * _rows(factor, total)
+        for column in range(0, BLOCK, 8):
+            total = total + weights[:, column : column + 8]
+        at = lax.rem(step, 2)
+
+        @pl.when(step > 1)
+        def _():
+            plgpu.barrier_wait(shared.weights_free.at[at])
+
+        shared.weights[at] = weights.astype(jnp.float16)
+        shared.factors[at] = factor
+        return highest, total
 
     # --- values
 
     def add_stretch(self, half: int, stretch: _Stretch) -> None:
         self.convert(half, stretch.done)
-        second = stretch.done + 1
-        pl.when(second < stretch.end)(lambda: self.convert(half, second))
+        if not SINGLE:
+            second = stretch.done + 1
+            pl.when(second < stretch.end)(lambda: self.convert(half, second))
         super().add_stretch(half, stretch)
+
+    def store(self, half: int, stretch: _Stretch, acc) -> None:
+        as_results = replace(self, shared=self.shared._replace(latents=self.results))
+        super(_Fp8Kernel, as_results).store(half, stretch, acc)
 
     def convert(self, half: int, step) -> None:
         """A block's half of the columns."""
@@ -320,6 +415,8 @@ class _Fp8Kernel(_Kernel):
         numbers = [_quarter(step, half, quarter) for quarter in range(2)]
         latents = shared.latents.at[lax.rem(step, SLOTS), half]
         second = lax.rem(step - stretch.done, 2) == 1
+        if SINGLE and POSITION == 2:
+            pl.when(more)(lambda: self.convert(half, step + 1))
         plgpu.barrier_wait(shared.weights_full.at[at])
         left = stretch.length - (stretch.last - 1) * BLOCK
         pl.when(~more & (left < BLOCK))(lambda: _zero_behind(latents, left))
@@ -343,7 +440,10 @@ class _Fp8Kernel(_Kernel):
             if half == 0:
                 plgpu.barrier_arrive(shared.turn.at[at])
             pl.when(more)(lambda: plgpu.barrier_arrive(shared.free.at[numbers[0]]))
-            if OVERLAP:
+            if SINGLE:
+                if POSITION == 1:
+                    pl.when(more)(lambda: self.convert(half, step + 1))
+            elif OVERLAP:
                 pl.when(second & more)(lambda: self.convert(half, step + 1))
 
         acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
@@ -353,6 +453,10 @@ class _Fp8Kernel(_Kernel):
             plgpu.barrier_arrive(shared.weights_free.at[at])
             plgpu.barrier_arrive(shared.free.at[numbers[1]])
 
+        if SINGLE:
+            if POSITION == 0:
+                pl.when(more)(lambda: self.convert(half, step + 1))
+            return acc
         if not OVERLAP:
             pl.when(second & more)(lambda: self.convert(half, step + 1))
         following = step + 2
@@ -391,9 +495,62 @@ def _convert(_, place, codes, scales) -> None:
     tile = at(place, (strip, 2048), (arith.shrui(column, number(3)), 1024))
     unit = arith.shli(arith.andi(column, number(7)), number(4))
     for row, (eight, factor) in enumerate(zip(found, factors)):
-        wide = [pair for four in eight for pair in _four_to_bfloat16(four, factor)]
+        pair = _asm(1, _PAIR, factor)[0]
+        wide = [two for four in eight for two in _asm(2, _E4M3_TO_FLOAT16, four, pair)]
         target = arith.addi(tile, arith.xori(unit, number(16 * row)))
         _store(wide, target, 128 * row)
+
+
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+def _to_float16(_, ref) -> None:
+    """bfloat16 to float16, in place."""
+    i32 = ir.IntegerType.get_signless(32)
+    (size,) = ir.MemRefType(ref.type).shape
+    lane = arith.remui(utils.thread_idx(), arith.constant(i32, 128))
+    start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
+    start = arith.addi(start, arith.muli(lane, arith.constant(i32, 16)))
+    for offset in range(0, size, 16 * 128 * 4):
+        offsets = [offset + 16 * 128 * k for k in range(4)]
+        found = [_load(4, start, place) for place in offsets]
+        for eight, place in zip(found, offsets):
+            narrow = [_asm(1, _BFLOAT16_TO_FLOAT16, pair)[0] for pair in eight]
+            _store(narrow, start, place)
+
+
+_PAIR = """{
+.reg .f32 s;
+mov.b32 s, $1;
+cvt.rn.f16x2.f32 $0, s, s;
+}"""
+_E4M3_TO_FLOAT16 = """{
+.reg .b16 a<2>;
+.reg .b32 p<2>;
+mov.b32 {a0, a1}, $2;
+cvt.rn.f16x2.e4m3x2 p0, a0;
+cvt.rn.f16x2.e4m3x2 p1, a1;
+mul.rn.f16x2 $0, p0, $3;
+mul.rn.f16x2 $1, p1, $3;
+}"""
+_BFLOAT16_TO_FLOAT16 = """{
+.reg .b32 a<2>;
+.reg .f32 f<2>;
+shl.b32 a0, $1, 16;
+and.b32 a1, $1, 0xffff0000;
+mov.b32 f0, a0;
+mov.b32 f1, a1;
+cvt.rn.f16x2.f32 $0, f1, f0;
+}"""
+
+
+def _asm(results: int, code: str, *operands) -> list:
+    """Results of 32 bits, of operands of 32 bits."""
+    i32 = ir.IntegerType.get_signless(32)
+    constraints = ",".join(["=r"] * results + ["r"] * len(operands))
+    if results == 1:
+        return [llvm.inline_asm(i32, operands, code, constraints)]
+    struct = llvm.StructType.get_literal([i32] * results)
+    found = llvm.inline_asm(struct, operands, code, constraints)
+    return [llvm.extractvalue(i32, found, [k]) for k in range(results)]
 
 
 def _load(count: int, address, offset: int) -> list:
@@ -419,39 +576,3 @@ def _store(values, address, offset: int) -> None:
         "r,r,r,r,r,~{memory}",
         has_side_effects=True,
     )
-
-
-_FOUR_TO_BFLOAT16 = """{
-.reg .b16 a<2>, h<4>;
-.reg .b32 p<2>;
-.reg .f32 f<4>, s;
-mov.b32 s, $3;
-mov.b32 {a0, a1}, $2;
-cvt.rn.f16x2.e4m3x2 p0, a0;
-cvt.rn.f16x2.e4m3x2 p1, a1;
-mov.b32 {h0, h1}, p0;
-mov.b32 {h2, h3}, p1;
-cvt.f32.f16 f0, h0;
-cvt.f32.f16 f1, h1;
-cvt.f32.f16 f2, h2;
-cvt.f32.f16 f3, h3;
-mul.f32 f0, f0, s;
-mul.f32 f1, f1, s;
-mul.f32 f2, f2, s;
-mul.f32 f3, f3, s;
-cvt.rn.bf16x2.f32 $0, f1, f0;
-cvt.rn.bf16x2.f32 $1, f3, f2;
-}"""
-
-
-def _four_to_bfloat16(four, scale) -> list:
-    """Four e4m3 in 32 bits, times a float32 in 32 bits: two pairs."""
-    i32 = ir.IntegerType.get_signless(32)
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * 2),
-        [four, scale],
-        _FOUR_TO_BFLOAT16,
-        "=r,=r,r,r",
-        has_side_effects=False,
-    )
-    return [llvm.extractvalue(i32, result, [k]) for k in range(2)]

@@ -23,7 +23,7 @@ cache, Z slots of one, P pages of a row; M = T N queries of a row.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -279,6 +279,8 @@ class _Kernel:
     over all its rows: the slots that they lie in alternate.
     """
 
+    registers: ClassVar[dict[str, int]] = REGISTERS
+
     sizes: _Sizes
     rows: Any
     costs: Any
@@ -348,7 +350,7 @@ class _Kernel:
     # --- copies
 
     def copy(self) -> None:
-        _take_registers("copies")
+        _take_registers(self.registers["copies"])
         total = self.stretches(self.copy_stretch)
         if self.sizes.clustered:
             # A neighbour may still say that it has done with what came from here.
@@ -439,7 +441,7 @@ class _Kernel:
     # --- scores and weights
 
     def weigh(self) -> None:
-        _take_registers("weights")
+        _take_registers(self.registers["weights"])
         self.stretches(self.weigh_stretch)
 
     def weigh_stretch(self, stretch: _Stretch) -> None:
@@ -579,7 +581,7 @@ class _Kernel:
     # --- values
 
     def values(self, half: int) -> None:
-        _take_registers("values")
+        _take_registers(self.registers["values"])
         self.stretches(functools.partial(self.add_stretch, half))
         plgpu.wait_smem_to_gmem(0)
 
@@ -662,9 +664,8 @@ class _Kernel:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _take_registers(role: str) -> None:
-    """Of the 128 that each lane of 512 begins with."""
-    count = REGISTERS[role]
+def _take_registers(count: int) -> None:
+    """Instead of the 128 that each lane of 512 begins with."""
     action = "increase" if count > 128 else "decrease"
     plgpu.set_max_registers(count, action=action)
 
