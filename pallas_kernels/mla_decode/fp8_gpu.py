@@ -237,7 +237,7 @@ class _Fp8Kernel(_Kernel):
     """One block of threads."""
 
     registers: ClassVar[dict[str, int]] = (
-        {"values": 192, "weights": 96, "copies": 32} if SINGLE else pallas_gpu.REGISTERS
+        {"values": 200, "weights": 88, "copies": 24} if SINGLE else pallas_gpu.REGISTERS
     )
 
     latent_scale: Any

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from pallas_kernels.mla_decode import mla_decode, quantize_latents
 from pallas_kernels.mla_decode.fp8_gpu import lacks
 from tests.pallas_kernels.h200 import compile_for_h200
-from tests.pallas_kernels.test_mla_decode import CASES, L, SCALE, by_hand, operands
+from tests.pallas_kernels.test_mla_decode import CASES, SCALE, L, by_hand, operands
 from tests.pallas_kernels.test_mla_decode_gpu import ALL, ON_A_GPU
 
 E4M3 = jnp.float8_e4m3fn
