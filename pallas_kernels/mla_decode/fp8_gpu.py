@@ -1,23 +1,22 @@
 """Absorbed MLA decoding on FP8 latents, for Hopper GPUs: `pallas_gpu` with one thing more.
 
 Wgmma multiplies FP8 only where both matrices lie along the sum, which the values do not:
-latents have to be 16 bits wide in shared memory. So each of the warpgroups that multiply
-values converts its half of a block: e4m3 times the scale of a slot, in bfloat16, which is
-exact where scales are powers of two. What multiplies scores waits for that instead of for
-the copy; from there on all is as in `pallas_gpu`.
+latents have to be 16 bits wide in shared memory. The warpgroup that copies converts them,
+a quarter of a block at a time: e4m3 is exact in float16, and its product with a slot's
+scale is, too, where that is a power of two. Queries and weights are float16 as well; the
+rotary part stays bfloat16, since sums do not mind.
 
-Shared memory is full, and there are two ways to let a quarter of a block arrive:
+Shared memory is full, and there are two ways for a quarter to arrive:
 
     in place  in the upper half of the place that it will fill, its scales in the lower:
-              all of it is in registers before the first of it is written
-    ahead     where a tile has 16 or 32 queries of 64, the rows that it lacks are the
-              places of blocks to come; the products of such rows are never looked at
+              what lies in the way is in registers before it is written over
+    ahead     where a tile has at most 32 queries of 64, a block has room in the rows that
+              it lacks: products of these are never looked at
 
 Letters as in `pallas_gpu`.
 """
 
 import functools
-import os
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,26 +46,18 @@ from pallas_kernels.mla_decode.pallas_gpu import (
     TILED,
     L,
     R,
-    _any_below_one,
     _Kernel,
     _quarter,
     _rows,
     _Shared,
     _Sizes,
     _Stretch,
-    _zero_behind,
 )
 from pallas_kernels.mla_decode.quantize import E4M3
 from pallas_kernels.mla_decode.schedule_gpu import schedule
-from pallas_kernels.mosaic import load
 
-PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in bfloat16
-FETCH_AHEAD = int(os.environ.get("FP8_FETCH", "0"))
-OVERLAP = bool(int(os.environ.get("FP8_OVERLAP", "0")))
-AHEAD = bool(int(os.environ.get("FP8_AHEAD", "0")))
-SINGLE = bool(int(os.environ.get("FP8_SINGLE", "1")))
-POSITION = int(os.environ.get("FP8_POSITION", "1"))
-HEADROOM = 7
+PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in float16
+HEADROOM = 7  # powers of 2 by which weights are larger: float16 ends at 2 ** -24
 
 
 def lacks(
@@ -124,33 +115,30 @@ def _call(sizes: _Sizes):
     def kernel(*refs):
         *arguments, latent_scale = refs[:13]
 
-        def run(converted, arrived, taken, *shared):
+        def run(arrived, *shared):
             shared = _Shared(*shared)
+            q_narrow, q_wide, (q_bytes, *ahead) = shared.q
             latents, results, codes, scales, places = shared.latents
-            q, q_rope = shared.q, shared.q_rope
-            q, q_narrow, (q_bytes, *ahead) = q
+            q_rope = shared.q_rope
             if _is_ahead(s):
-                (codes,) = ahead
-                q_rope, (_, scales) = q_rope
+                (codes,), (q_rope, (_, scales)) = ahead, q_rope
+            shared = shared._replace(latents=latents, q=q_narrow, q_rope=q_rope)
             _Fp8Kernel(
                 sizes,
                 *arguments,
                 *refs[13:],
-                shared._replace(latents=latents, q=q, q_rope=q_rope),
+                shared,
                 latent_scale=latent_scale,
-                q_narrow=q_narrow,
+                q_wide=q_wide,
                 q_bytes=q_bytes,
                 results=results,
                 codes=codes,
                 scales=scales,
                 places=places,
-                converted=converted,
                 arrived=arrived,
-                taken=taken,
             ).run()
 
-        types = _shared_types(s)
-        pl.run_scoped(run, *types, collective_axes="warpgroup")
+        pl.run_scoped(run, *_shared_types(s), collective_axes="warpgroup")
 
     grid: dict[str, Any] = dict(grid=(tiles, s.parts), grid_names=("tile", "part"))
     if s.clustered:
@@ -182,17 +170,25 @@ def _call(sizes: _Sizes):
 
 def _is_ahead(sizes: _Sizes) -> bool:
     """Whether a tile lacks so many rows that a block in e4m3 has room in their place."""
-    return AHEAD and sizes.rows <= TALL // 2
+    return sizes.rows <= TALL // 2
 
 
 def _shared_types(sizes: _Sizes) -> tuple:
-    """What to allocate: barriers for quarters that are converted, that have arrived ahead
-    and that have been taken there; then what `_Shared` is made of.
+    """What to allocate: barriers of quarters that have arrived; what `_Shared` is made of,
+    where several views of the same memory are in the order of `_call`.
     """
     shared, quarters = _Shared.types(clustered=sizes.clustered), (SLOTS, 2, 2)
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.float16, transforms=TILED)
+    rows, ahead, q_rope = TALL, [], shared.q_rope
+    if _is_ahead(sizes):
+        rows = TALL // 2
+        ahead = [plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)]
+        own = plgpu.SMEM((rows * 2 * R,), jnp.int8)
+        q_rope = plgpu.RefUnion(q_rope, (own, plgpu.SMEM((2, 2, BLOCK), jnp.float32)))
+    own = plgpu.SMEM((rows * 2 * L,), jnp.int8)
     shared = shared._replace(
-        # One memory: as products read it, as copies fill it, and as bytes.
+        q=plgpu.RefUnion(matrix((1, TALL, L)), shared.q, (own, *ahead)),
+        q_rope=q_rope,
         latents=plgpu.RefUnion(
             matrix((*quarters, BLOCK, QUARTER)),
             shared.latents,
@@ -201,124 +197,129 @@ def _shared_types(sizes: _Sizes) -> tuple:
             plgpu.SMEM((*quarters, PLACE), jnp.int8),
         ),
         weights=matrix((2, TALL, BLOCK)),
-        full=plgpu.Barrier(num_arrivals=2, num_barriers=ROPE + 1),
     )
-    rows, ahead = TALL, []
-    if _is_ahead(sizes):
-        rows = TALL // 2
-        ahead = [plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)]
-        own_rope = plgpu.SMEM((rows * 2 * R,), jnp.int8)
-        scales = plgpu.SMEM((2, 2, BLOCK), jnp.float32)
-        q_rope = plgpu.RefUnion(shared.q_rope, (own_rope, scales))
-        shared = shared._replace(q_rope=q_rope)
-    own = plgpu.SMEM((rows * 2 * L,), jnp.int8)
-    q = plgpu.RefUnion(shared.q, matrix((1, TALL, L)), (own, *ahead))
-    shared = shared._replace(q=q)
-    return (
-        plgpu.Barrier(num_barriers=ROPE),
-        plgpu.Barrier(num_arrivals=2, num_barriers=len(QUARTERS)),
-        plgpu.Barrier(num_barriers=len(QUARTERS)),
-        *shared,
-    )
-
-
-class _Landing(NamedTuple):
-    """Where a quarter arrives."""
-
-    codes: Any
-    scales: Any
-    full: Any
-    free: Any
-    used: Any  # whether another was there before
+    return plgpu.Barrier(num_arrivals=2, num_barriers=ROPE), *shared
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fp8Kernel(_Kernel):
-    """One block of threads."""
+    """One block of threads. "Full" says of quarters that they are converted."""
 
-    registers: ClassVar[dict[str, int]] = (
-        {"values": 200, "weights": 88, "copies": 24} if SINGLE else pallas_gpu.REGISTERS
-    )
+    registers: ClassVar[dict[str, int]] = {"values": 184, "weights": 88, "copies": 56}
 
     latent_scale: Any
-    q_narrow: Any  # [1, 64, L]: the queries in float16
+    q_wide: Any  # [1, 64, L]: queries in bfloat16, as they arrive
     q_bytes: Any
-    results: Any  # [SLOTS, 2, 2, 64, L / 4], in bfloat16
+    results: Any  # [SLOTS, 2, 2, 64, L / 4]: bfloat16, as they leave
     codes: Any  # [SLOTS, 2, 2, 2, 64, L / 4], of the last 2 the 1; or [2, 2, 64, L / 4]
     scales: Any  # [SLOTS, 2, 2, ..], the first 64; or [2, 2, 64]
     places: Any  # [SLOTS, 2, 2, bytes]
-    converted: Any  # quarters
-    arrived: Any  # ahead
-    taken: Any  # from there
-
-    def landing(self, step, half: int, quarter: int) -> _Landing:
-        if _is_ahead(self.sizes):
-            at, barrier = (half, quarter), 2 * half + quarter
-            there = self.codes.at[at], self.scales.at[at]
-            barriers = self.arrived.at[barrier], self.taken.at[barrier]
-            return _Landing(*there, *barriers, step > 0)
-        at, barrier = (
-            (lax.rem(step, SLOTS), half, quarter),
-            _quarter(step, half, quarter),
-        )
-        there = self.codes.at[(*at, 1)], self.scales.at[(*at, pl.ds(0, BLOCK))]
-        barriers = self.shared.full.at[barrier], self.shared.free.at[barrier]
-        return _Landing(*there, *barriers, step >= SLOTS)
+    arrived: Any
 
     # --- copies
 
-    def copy_block(self, stretch: _Stretch, block, latents, rope, scales) -> None:
-        """In the order in which it is used: of every second block, the rotary part last."""
-        shared, step = self.shared, stretch.done + block - stretch.first
-        second = lax.rem(block - stretch.first, 2) == 1
-        pair = ("pair",) if self.sizes.clustered else None
+    def copy_stretch(self, stretch: _Stretch) -> None:
+        cached = functools.partial(self.cached, stretch, self.layer[0] * self.sizes.X)
+        first, step = cached(stretch.first), stretch.done
+        for half, quarter in QUARTERS:
+            self.send(step, half, quarter, first)
+        self.send_queries(stretch)
+        self.send_rope(step, first)
 
-        def copy(source, target, barrier):
+        @pl.loop(stretch.first, stretch.last)
+        def _(block):
+            step, more = stretch.done + block - stretch.first, block + 1 < stretch.last
+            following = cached(jnp.minimum(block + 1, stretch.last - 1))
+            for half, quarter in QUARTERS:
+                self.convert(step, half, quarter)
+                if _is_ahead(self.sizes):
+                    send = functools.partial(self.send, step + 1, half, quarter)
+                    pl.when(more)(functools.partial(send, following))
+            if self.sizes.clustered:
+                latest = cached(jnp.minimum(block + 2, stretch.last - 1))
+                pl.when(block + 2 < stretch.last)(lambda: self.fetch(*latest))
+
+            @pl.when(more)
+            def _():
+                for half, quarter in QUARTERS:
+                    if not _is_ahead(self.sizes):
+                        self.send(step + 1, half, quarter, following)
+                self.send_rope(step + 1, following)
+
+    def send_queries(self, stretch: _Stretch) -> None:
+        shared, there = self.shared, self.there
+        pl.when(stretch.done > 0)(lambda: plgpu.barrier_wait(shared.q_free))
+        for source, target in (
+            (self.q, self.q_wide.at[(0, *there)]),
+            (self.q_rope, shared.q_rope.at[there]),
+        ):
+            source = source.at[stretch.row, self.queries]
+            plgpu.copy_gmem_to_smem(source, target, shared.q_full)
+
+    def send_rope(self, step, block) -> None:
+        barrier = self.shared.free.at[ROPE]
+        pl.when(step > 0)(lambda: plgpu.barrier_wait(barrier))
+        self.copy_to(self.shared.full.at[ROPE], (block.rope, self.shared.rope))
+
+    def send(self, step, half: int, quarter: int, block) -> None:
+        """Has a quarter of a block, and its scales, copied to where it is converted."""
+        if not _is_ahead(self.sizes):
+            self.wait_for_place(step, half, quarter)
+        barrier, codes, scales = self.landing(step, half, quarter)
+        columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+        latents = block.latents.at[:, columns]
+        self.copy_to(barrier, (latents, codes), (block.scales, scales))
+
+    def copy_to(self, barrier, *copies) -> None:
+        pair = ("pair",) if self.sizes.clustered else None
+        for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=pair)
 
-        def copy_rope():
-            @pl.when(step > 0)
-            def _():
-                plgpu.barrier_wait(shared.free.at[ROPE])
+    def convert(self, step, half: int, quarter: int) -> None:
+        barrier, codes, scales = self.landing(step, half, quarter)
+        plgpu.barrier_wait(barrier)
+        convert = _convert_in_place
+        if _is_ahead(self.sizes):
+            self.wait_for_place(step, half, quarter)
+            convert = _convert
+        convert(self.places.at[lax.rem(step, SLOTS), half, quarter], codes, scales)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.shared.full.at[_quarter(step, half, quarter)])
 
-            # In two, since the quarters' barriers take two arrivals.
-            for part in pl.ds(0, R // 2), pl.ds(R // 2, R // 2):
-                copy(rope.at[part], shared.rope.at[part], shared.full.at[ROPE])
+    def wait_for_place(self, step, half: int, quarter: int) -> None:
+        barrier = self.shared.free.at[_quarter(step, half, quarter)]
+        pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(barrier))
 
-        if not SINGLE:
-            pl.when(~second)(copy_rope)
-        for half, quarter in QUARTERS:
-            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-            there = self.landing(step, half, quarter)
-            pl.when(there.used)(functools.partial(plgpu.barrier_wait, there.free))
-            copy(latents.at[:, columns], there.codes, there.full)
-            copy(scales, there.scales, there.full)
-        pl.when(second | SINGLE)(copy_rope)
+    def landing(self, step, half: int, quarter: int) -> tuple:
+        """Where a quarter arrives: the barrier, and places for values and scales."""
+        if _is_ahead(self.sizes):
+            at = half, quarter
+            return (
+                self.arrived.at[2 * half + quarter],
+                self.codes.at[at],
+                self.scales.at[at],
+            )
+        at = lax.rem(step, SLOTS), half, quarter
+        codes, scales = self.codes.at[(*at, 1)], self.scales.at[(*at, pl.ds(0, BLOCK))]
+        return self.arrived.at[_quarter(step, half, quarter)], codes, scales
 
-    def fetch(self, latents, rope, scales) -> None:
-        super().fetch(latents, rope)
-
-    def cached(self, stretch: _Stretch, layer, block):
-        """Also the scales [64]."""
+    def cached(self, stretch: _Stretch, layer, block) -> "_Block":
         s, place, slot = self.sizes, stretch.row, block * BLOCK
         if s.paged:
             place = self.pages[place, lax.div(slot, s.Z)]
             slot = lax.rem(slot, s.Z)
         place += layer
         slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-        rope, scales = self.rope.at[place, :, slots], self.latent_scale.at[place, slots]
-        return self.latent.at[place, slots], rope, scales
+        return _Block(
+            self.latent.at[place, slots],
+            self.rope.at[place, :, slots],
+            self.latent_scale.at[place, slots],
+        )
 
-    # --- scores
+    def fetch(self, latents, rope, scales) -> None:
+        super().fetch(latents, rope)
 
-    def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
-        shared = self.shared
-        zero = lax.shift_right_logical(stretch.length, 30) * step
-        for half, quarter in QUARTERS:
-            plgpu.barrier_wait(self.converted.at[_quarter(step, half, quarter)])
-            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-            latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
-            plgpu.wgmma(acc, self.q_narrow.at[zero, :, columns], latents.T)
+    # --- scores and weights
 
     def weigh_stretch(self, stretch: _Stretch) -> None:
         plgpu.barrier_wait(self.shared.q_full)
@@ -327,20 +328,11 @@ class _Fp8Kernel(_Kernel):
         highest = plgpu.layout_cast(jnp.full((TALL,), LOWEST, jnp.float32), COLUMN)
         # What weights sum up to, in 8 parts a row: added up at the end.
         total = plgpu.layout_cast(jnp.zeros((TALL, 8), jnp.float32), MATRIX)
-        state = highest, total
-        if SINGLE:
-            weigh = functools.partial(self.weigh_block, stretch)
-            lax.fori_loop(stretch.first, stretch.last, weigh, state)
-            return
-        count = stretch.last - stretch.first
-        pair = functools.partial(self.weigh_pair, stretch)
-        state = lax.fori_loop(0, lax.div(count, 2), pair, state)
-
-        @pl.when(lax.rem(count, 2) == 1)
-        def _():
-            self.weigh_last(stretch, state)
+        weigh = functools.partial(self.weigh_block, stretch)
+        lax.fori_loop(stretch.first, stretch.last, weigh, (highest, total))
 
     def weigh_block(self, stretch: _Stretch, block, state):
+        """One at a time: to convert the next takes as long as this one's softmax."""
         step = stretch.done + block - stretch.first
 
         def multiply(acc):
@@ -358,9 +350,7 @@ class _Fp8Kernel(_Kernel):
         return state
 
     def soften(self, stretch: _Stretch, block, scores, state):
-        """As weights are float16: 2 ** (7 + scores - highest), at most 2 ** 15, so that
-        those of 2 ** -31 still count.
-        """
+        """Writes 2 ** (scores + HEADROOM - highest), at most 2 ** 15."""
         shared, (highest, total) = self.shared, state
         step = stretch.done + block - stretch.first
         scale = self.sizes.scale * LOG2E
@@ -385,118 +375,65 @@ class _Fp8Kernel(_Kernel):
 
     # --- values
 
-    def add_stretch(self, half: int, stretch: _Stretch) -> None:
-        self.convert(half, stretch.done)
-        if not SINGLE:
-            second = stretch.done + 1
-            pl.when(second < stretch.end)(lambda: self.convert(half, second))
-        super().add_stretch(half, stretch)
-
     def store(self, half: int, stretch: _Stretch, acc) -> None:
-        as_results = replace(self, shared=self.shared._replace(latents=self.results))
-        super(_Fp8Kernel, as_results).store(half, stretch, acc)
-
-    def convert(self, half: int, step) -> None:
-        """A block's half of the columns."""
-        for quarter in range(2):
-            there = self.landing(step, half, quarter)
-            plgpu.barrier_wait(there.full)
-            place = self.places.at[lax.rem(step, SLOTS), half, quarter]
-            _convert(place, there.codes, there.scales)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(self.converted.at[_quarter(step, half, quarter)])
-            if _is_ahead(self.sizes):
-                plgpu.barrier_arrive(there.free)
-
-    def add_block(self, half: int, stretch: _Stretch, step, acc):
-        shared, at, more = self.shared, lax.rem(step, 2), step + 1 < stretch.end
-        numbers = [_quarter(step, half, quarter) for quarter in range(2)]
-        latents = shared.latents.at[lax.rem(step, SLOTS), half]
-        second = lax.rem(step - stretch.done, 2) == 1
-        if SINGLE and POSITION == 2:
-            pl.when(more)(lambda: self.convert(half, step + 1))
-        plgpu.barrier_wait(shared.weights_full.at[at])
-        left = stretch.length - (stretch.last - 1) * BLOCK
-        pl.when(~more & (left < BLOCK))(lambda: _zero_behind(latents, left))
-        factor = load(shared.factors.at[at], layout=COLUMN)
-        acc = lax.cond(
-            _any_below_one(factor) > 0,
-            lambda acc: acc * _rows(factor, acc),
-            lambda acc: acc,
-            acc,
-        )
-        if half == 1:
-            plgpu.barrier_wait(shared.turn.at[at])
-
-        def multiply(acc):
-            for quarter in range(2):
-                columns = pl.ds(quarter * QUARTER, QUARTER)
-                plgpu.wgmma(
-                    acc.at[:, columns], shared.weights.at[at], latents.at[quarter]
-                )
-            plgpu.wgmma_wait(1)
-            if half == 0:
-                plgpu.barrier_arrive(shared.turn.at[at])
-            pl.when(more)(lambda: plgpu.barrier_arrive(shared.free.at[numbers[0]]))
-            if SINGLE:
-                if POSITION == 1:
-                    pl.when(more)(lambda: self.convert(half, step + 1))
-            elif OVERLAP:
-                pl.when(second & more)(lambda: self.convert(half, step + 1))
-
-        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-        @pl.when(more)
-        def _():
-            plgpu.barrier_arrive(shared.weights_free.at[at])
-            plgpu.barrier_arrive(shared.free.at[numbers[1]])
-
-        if SINGLE:
-            if POSITION == 0:
-                pl.when(more)(lambda: self.convert(half, step + 1))
-            return acc
-        if not OVERLAP:
-            pl.when(second & more)(lambda: self.convert(half, step + 1))
-        following = step + 2
-        pl.when(second & (following < stretch.end))(
-            lambda: self.convert(half, following)
-        )
-        return acc
+        wide = replace(self, shared=self.shared._replace(latents=self.results))
+        super(_Fp8Kernel, wide).store(half, stretch, acc)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-def _convert(_, place, codes, scales) -> None:
-    """A quarter's e4m3 to bfloat16, times scales: each lane has 8 columns of 8 rows. All
-    is read before anything is written: it may lie where that goes.
+class _Block(NamedTuple):
+    """A block in the cache."""
+
+    latents: Any  # [64, L]
+    rope: Any  # [R, 64]
+    scales: Any  # [64]
+
+
+def _converter(*, in_place: bool):
+    """Of a quarter: e4m3 times scales to float16. Each lane has 8 columns of 4 rows, twice.
 
     In bytes: rows of 128 values follow each other; so do the result's tiles of 8 rows and
-    64 columns, whose 16 bytes are swizzled by the row.
+    64 columns, whose 16 bytes are swizzled by the row. In place, the second half of them
+    lies over the values, the first over the scales.
     """
-    i32 = ir.IntegerType.get_signless(32)
 
-    def number(value: int):
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def convert(_, place, codes, scales) -> None:
+        i32 = ir.IntegerType.get_signless(32)
 
-    def at(ref, *terms):
-        start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
-        offsets = (arith.muli(x, number(size)) for x, size in terms)
-        return functools.reduce(arith.addi, offsets, start)
+        def number(value: int):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-    lane = arith.remui(utils.thread_idx(), number(128))
-    strip = arith.shrui(lane, number(4))  # of 8 rows
-    column = arith.andi(lane, number(15))
-    factors = [_load(4, at(scales, (strip, 32)), 16 * part) for part in range(2)]
-    factors = [factor for four in factors for factor in four]
-    source = at(codes, (strip, 1024), (column, 8))
-    found = [_load(2, source, 128 * row) for row in range(8)]
-    utils.warpgroup_barrier()
-    tile = at(place, (strip, 2048), (arith.shrui(column, number(3)), 1024))
-    unit = arith.shli(arith.andi(column, number(7)), number(4))
-    for row, (eight, factor) in enumerate(zip(found, factors)):
-        pair = _asm(1, _PAIR, factor)[0]
-        wide = [two for four in eight for two in _asm(2, _E4M3_TO_FLOAT16, four, pair)]
-        target = arith.addi(tile, arith.xori(unit, number(16 * row)))
-        _store(wide, target, 128 * row)
+        def at(ref, *terms):
+            start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
+            offsets = (arith.muli(x, number(size)) for x, size in terms)
+            return functools.reduce(arith.addi, offsets, start)
+
+        lane = arith.remui(utils.thread_idx(), number(128))
+        strip = arith.shrui(lane, number(4))  # of 4 rows
+        column = arith.andi(lane, number(15))
+        odd = arith.andi(strip, number(1))
+        unit = arith.xori(arith.andi(column, number(7)), arith.muli(odd, number(4)))
+        unit = arith.muli(unit, number(16))
+        above = arith.shrui(strip, number(1))
+        right = arith.shrui(column, number(3))
+        tile = at(place, (above, 2048), (right, 1024), (odd, 512))
+        source = at(codes, (strip, 512), (column, 8))
+        factors = at(scales, (strip, 16))
+        factors = [_load(4, factors, 128 * part) for part in range(2)]
+        for part in range(2):
+            found = [_load(2, source, 4096 * part + 128 * row) for row in range(4)]
+            if in_place:
+                utils.warpgroup_barrier()
+            for row, (eight, factor) in enumerate(zip(found, factors[part])):
+                pair = _asm(1, _PAIR, factor)[0]
+                low, high = (_asm(2, _E4M3_TO_FLOAT16, four, pair) for four in eight)
+                target = arith.addi(tile, arith.xori(unit, number(16 * row)))
+                _store([*low, *high], target, 8192 * part + 128 * row)
+
+    return convert
+
+
+_convert, _convert_in_place = (_converter(in_place=over) for over in (False, True))
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
