@@ -57,6 +57,8 @@ from pallas_kernels.mla_decode.quantize import E4M3
 from pallas_kernels.mla_decode.schedule_gpu import schedule
 
 PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in float16
+FETCH = 0
+OWN = (1,)  # quarters that the warpgroup of their values converts
 HEADROOM = 7  # powers of 2 by which weights are larger: float16 ends at 2 ** -24
 
 
@@ -115,7 +117,7 @@ def _call(sizes: _Sizes):
     def kernel(*refs):
         *arguments, latent_scale = refs[:13]
 
-        def run(arrived, *shared):
+        def run(arrived, taken, *shared):
             shared = _Shared(*shared)
             q_narrow, q_wide, (q_bytes, *ahead) = shared.q
             latents, results, codes, scales, places = shared.latents
@@ -136,6 +138,7 @@ def _call(sizes: _Sizes):
                 scales=scales,
                 places=places,
                 arrived=arrived,
+                taken=taken,
             ).run()
 
         pl.run_scoped(run, *_shared_types(s), collective_axes="warpgroup")
@@ -198,14 +201,15 @@ def _shared_types(sizes: _Sizes) -> tuple:
         ),
         weights=matrix((2, TALL, BLOCK)),
     )
-    return plgpu.Barrier(num_arrivals=2, num_barriers=ROPE), *shared
+    arrived = plgpu.Barrier(num_arrivals=2, num_barriers=ROPE)
+    return arrived, plgpu.Barrier(num_barriers=4), *shared
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fp8Kernel(_Kernel):
     """One block of threads. "Full" says of quarters that they are converted."""
 
-    registers: ClassVar[dict[str, int]] = {"values": 184, "weights": 88, "copies": 56}
+    registers: ClassVar[dict[str, int]] = {"values": 192, "weights": 88, "copies": 40}
 
     latent_scale: Any
     q_wide: Any  # [1, 64, L]: queries in bfloat16, as they arrive
@@ -215,6 +219,7 @@ class _Fp8Kernel(_Kernel):
     scales: Any  # [SLOTS, 2, 2, ..], the first 64; or [2, 2, 64]
     places: Any  # [SLOTS, 2, 2, bytes]
     arrived: Any
+    taken: Any
 
     # --- copies
 
@@ -231,20 +236,24 @@ class _Fp8Kernel(_Kernel):
             step, more = stretch.done + block - stretch.first, block + 1 < stretch.last
             following = cached(jnp.minimum(block + 1, stretch.last - 1))
             for half, quarter in QUARTERS:
+                if quarter in OWN:
+                    continue
                 self.convert(step, half, quarter)
                 if _is_ahead(self.sizes):
                     send = functools.partial(self.send, step + 1, half, quarter)
                     pl.when(more)(functools.partial(send, following))
-            if self.sizes.clustered:
-                latest = cached(jnp.minimum(block + 2, stretch.last - 1))
-                pl.when(block + 2 < stretch.last)(lambda: self.fetch(*latest))
+            current = cached(block)
+            pl.when(block > stretch.first)(lambda: self.send_rope(step, current))
+            if self.sizes.clustered or FETCH:
+                far = FETCH or 2
+                latest = cached(jnp.minimum(block + far, stretch.last - 1))
+                pl.when(block + far < stretch.last)(lambda: self.fetch(*latest))
 
             @pl.when(more)
             def _():
                 for half, quarter in QUARTERS:
-                    if not _is_ahead(self.sizes):
+                    if not _is_ahead(self.sizes) or quarter in OWN:
                         self.send(step + 1, half, quarter, following)
-                self.send_rope(step + 1, following)
 
     def send_queries(self, stretch: _Stretch) -> None:
         shared, there = self.shared, self.there
@@ -265,6 +274,9 @@ class _Fp8Kernel(_Kernel):
         """Has a quarter of a block, and its scales, copied to where it is converted."""
         if not _is_ahead(self.sizes):
             self.wait_for_place(step, half, quarter)
+        elif quarter in OWN:
+            taken = self.taken.at[2 * half + quarter]
+            pl.when(step > 0)(lambda: plgpu.barrier_wait(taken))
         barrier, codes, scales = self.landing(step, half, quarter)
         columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
         latents = block.latents.at[:, columns]
@@ -280,11 +292,14 @@ class _Fp8Kernel(_Kernel):
         plgpu.barrier_wait(barrier)
         convert = _convert_in_place
         if _is_ahead(self.sizes):
-            self.wait_for_place(step, half, quarter)
+            if quarter not in OWN:
+                self.wait_for_place(step, half, quarter)
             convert = _convert
         convert(self.places.at[lax.rem(step, SLOTS), half, quarter], codes, scales)
         plgpu.commit_smem()
         plgpu.barrier_arrive(self.shared.full.at[_quarter(step, half, quarter)])
+        if _is_ahead(self.sizes) and quarter in OWN:
+            plgpu.barrier_arrive(self.taken.at[2 * half + quarter])
 
     def wait_for_place(self, step, half: int, quarter: int) -> None:
         barrier = self.shared.free.at[_quarter(step, half, quarter)]
@@ -317,7 +332,11 @@ class _Fp8Kernel(_Kernel):
         )
 
     def fetch(self, latents, rope, scales) -> None:
-        super().fetch(latents, rope)
+        if self.sizes.clustered:
+            return super().fetch(latents, rope)
+        for half in range(2):
+            plgpu.async_prefetch(latents.at[:, pl.ds(half * HALF, HALF)])
+        plgpu.async_prefetch(rope)
 
     # --- scores and weights
 
@@ -374,6 +393,18 @@ class _Fp8Kernel(_Kernel):
         return highest, total
 
     # --- values
+
+    def add_stretch(self, half: int, stretch: _Stretch) -> None:
+        for quarter in OWN:
+            self.convert(stretch.done, half, quarter)
+        super().add_stretch(half, stretch)
+
+    def add_block(self, half: int, stretch: _Stretch, step, acc):
+        more = step + 1 < stretch.end
+        for quarter in OWN:
+            convert = functools.partial(self.convert, step + 1, half, quarter)
+            pl.when(more)(convert)
+        return super().add_block(half, stretch, step, acc)
 
     def store(self, half: int, stretch: _Stretch, acc) -> None:
         wide = replace(self, shared=self.shared._replace(latents=self.results))
