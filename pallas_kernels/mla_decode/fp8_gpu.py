@@ -57,6 +57,8 @@ from pallas_kernels.mla_decode.quantize import E4M3
 from pallas_kernels.mla_decode.schedule_gpu import schedule
 
 PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in float16
+ROW = MATRIX.reduce(0)
+TURNED = plgpu.Layout.WGMMA_TRANSPOSED
 FETCH = 0
 OWN = (1,)  # quarters that the warpgroup of their values converts
 HEADROOM = 7  # powers of 2 by which weights are larger: float16 ends at 2 ** -24
@@ -117,15 +119,15 @@ def _call(sizes: _Sizes):
     def kernel(*refs):
         *arguments, latent_scale = refs[:13]
 
-        def run(arrived, taken, *shared):
+        def run(arrived, taken, ahead, *shared):
             shared = _Shared(*shared)
-            q_narrow, q_wide, (q_bytes, *ahead) = shared.q
+            q_narrow, q_wide, q_bytes = shared.q
             latents, results, codes, scales, places = shared.latents
-            q_rope = shared.q_rope
-            if _is_ahead(s):
-                (codes,), (q_rope, (_, scales)) = ahead, q_rope
-            shared = shared._replace(latents=latents, q=q_narrow, q_rope=q_rope)
-            _Fp8Kernel(
+            if ahead is not None:
+                codes, scales = ahead
+            shared = shared._replace(latents=latents, q=q_narrow)
+            kernel = _FewKernel if _is_ahead(s) else _Fp8Kernel
+            kernel(
                 sizes,
                 *arguments,
                 *refs[13:],
@@ -164,7 +166,7 @@ def _call(sizes: _Sizes):
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=1024,
+            reduction_scratch_bytes=128 * s.rows if _is_ahead(s) else 1024,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # there is one wherever one is needed
         ),
@@ -182,16 +184,21 @@ def _shared_types(sizes: _Sizes) -> tuple:
     """
     shared, quarters = _Shared.types(clustered=sizes.clustered), (SLOTS, 2, 2)
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.float16, transforms=TILED)
-    rows, ahead, q_rope = TALL, [], shared.q_rope
+    wide = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
+    rows, ahead = TALL, None
     if _is_ahead(sizes):
-        rows = TALL // 2
-        ahead = [plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)]
-        own = plgpu.SMEM((rows * 2 * R,), jnp.int8)
-        q_rope = plgpu.RefUnion(q_rope, (own, plgpu.SMEM((2, 2, BLOCK), jnp.float32)))
-    own = plgpu.SMEM((rows * 2 * L,), jnp.int8)
+        rows = sizes.rows
+        ahead = (
+            plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3),
+            plgpu.SMEM((2, 2, BLOCK), jnp.float32),
+        )
     shared = shared._replace(
-        q=plgpu.RefUnion(matrix((1, TALL, L)), shared.q, (own, *ahead)),
-        q_rope=q_rope,
+        q=plgpu.RefUnion(
+            matrix((1, rows, L)),
+            wide((1, rows, L)),
+            plgpu.SMEM((rows * 2 * L,), jnp.int8),
+        ),
+        q_rope=wide((rows, R)),
         latents=plgpu.RefUnion(
             matrix((*quarters, BLOCK, QUARTER)),
             shared.latents,
@@ -202,7 +209,7 @@ def _shared_types(sizes: _Sizes) -> tuple:
         weights=matrix((2, TALL, BLOCK)),
     )
     arrived = plgpu.Barrier(num_arrivals=2, num_barriers=ROPE)
-    return arrived, plgpu.Barrier(num_barriers=4), *shared
+    return arrived, plgpu.Barrier(num_barriers=4), ahead, *shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +227,8 @@ class _Fp8Kernel(_Kernel):
     places: Any  # [SLOTS, 2, 2, bytes]
     arrived: Any
     taken: Any
+
+    scores: ClassVar[Any] = SCORES
 
     # --- copies
 
@@ -256,7 +265,8 @@ class _Fp8Kernel(_Kernel):
                         self.send(step + 1, half, quarter, following)
 
     def send_queries(self, stretch: _Stretch) -> None:
-        shared, there = self.shared, self.there
+        shared = self.shared
+        there = (slice(None),) if _is_ahead(self.sizes) else self.there
         pl.when(stretch.done > 0)(lambda: plgpu.barrier_wait(shared.q_free))
         for source, target in (
             (self.q, self.q_wide.at[(0, *there)]),
@@ -359,7 +369,7 @@ class _Fp8Kernel(_Kernel):
             self.multiply_rope(acc)
             return acc[...]
 
-        scores = pl.run_scoped(multiply, SCORES)
+        scores = pl.run_scoped(multiply, self.scores)
         plgpu.barrier_arrive(self.shared.free.at[ROPE])
         ends = block + 1 == stretch.last
         pl.when(ends)(lambda: plgpu.barrier_arrive(self.shared.q_free))
@@ -409,6 +419,113 @@ class _Fp8Kernel(_Kernel):
     def store(self, half: int, stretch: _Stretch, acc) -> None:
         wide = replace(self, shared=self.shared._replace(latents=self.results))
         super(_Fp8Kernel, wide).store(half, stretch, acc)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FewKernel(_Fp8Kernel):
+    """Of tiles with 8 to 32 queries: scores are [slots, queries], so that products with
+    queries that are not there need neither time nor memory. Their weights turn round on
+    their way to the values.
+    """
+
+    @property
+    def own(self):
+        """The tile's queries, of 64."""
+        return pl.ds(0, self.sizes.rows)
+
+    def weigh_stretch(self, stretch: _Stretch) -> None:
+        plgpu.barrier_wait(self.shared.q_full)
+        _to_float16(self.q_bytes)
+        plgpu.commit_smem()
+        @pl.when(stretch.done == 0)
+        def _():  # for the rows that are not there: nothing has to be done to them
+            ones = plgpu.layout_cast(jnp.ones((TALL,), jnp.float32), COLUMN)
+            for row in range(4):
+                self.shared.factors[row] = ones
+
+        rows = self.sizes.rows
+        highest = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), ROW)
+        total = plgpu.layout_cast(jnp.zeros((BLOCK, rows), jnp.float32), MATRIX)
+        weigh = functools.partial(self.weigh_block, stretch)
+        lax.fori_loop(stretch.first, stretch.last, weigh, (highest, total))
+
+    @property
+    def scores(self):
+        return plgpu.ACC((BLOCK, self.sizes.rows), jnp.float32)
+
+    def multiply_rope(self, acc) -> None:
+        plgpu.barrier_wait(self.shared.full.at[ROPE])
+        plgpu.wgmma(acc, self.shared.rope.T, self.shared.q_rope.T)
+
+    def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
+        shared = self.shared
+        zero = lax.shift_right_logical(stretch.length, 30) * step
+        for half, quarter in QUARTERS:
+            plgpu.barrier_wait(shared.full.at[_quarter(step, half, quarter)])
+            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+            latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
+            plgpu.wgmma(acc, latents, shared.q.at[zero, :, columns].T)
+
+    def soften(self, stretch: _Stretch, block, scores, state):
+        shared, (highest, total) = self.shared, state
+        step = stretch.done + block - stretch.first
+        scale = self.sizes.scale * LOG2E
+        scores = self.masked(stretch, block, scores if scale >= 0 else -scores)
+        scale, before = abs(scale), highest
+        highest = jnp.maximum(before, scores.max(axis=0) * scale - HEADROOM)
+        highest = jnp.where(highest > before + GROWTH, highest, before)
+        factor = jnp.exp2(before - highest)
+        weights = jnp.exp2(scores * scale - _columns(highest, scores))
+        total = total * _columns(factor, total) + weights
+        at = lax.rem(step, 2)
+
+        @pl.when(step > 1)
+        def _():
+            plgpu.barrier_wait(shared.weights_free.at[at])
+
+        weights = plgpu.layout_cast(weights.astype(jnp.float16), TURNED)
+        shared.weights.at[at, self.own].T[...] = weights
+        shared.factors[at, self.own] = factor
+        return highest, total
+
+    def masked(self, stretch: _Stretch, block, scores):
+        s, length = self.sizes, stretch.length
+        shortest = length - s.T + 1
+
+        def mask(scores):
+            slot, query = (
+                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=MATRIX)
+                for axis in (0, 1)
+            )
+            seen = shortest
+            if s.T > 1:
+                seen = jnp.minimum(shortest + lax.div(query, jnp.int32(s.N)), length)
+            return jnp.where(slot + block * BLOCK < seen, scores, -jnp.inf)
+
+        some = (block + 1) * BLOCK > shortest
+        return lax.cond(some, mask, lambda scores: scores, scores)
+
+    def finish(self, stretch: _Stretch, state) -> None:
+        highest, total = state
+        total = total.sum(axis=0)
+        some = total > 0
+        inverse = jnp.where(some, 1 / total, jnp.zeros_like(total))
+        self.shared.factors[2 + lax.rem(stretch.end - 1, 2), self.own] = inverse
+        lse = (highest + jnp.log2(total)) / LOG2E
+        lse = jnp.where(some, lse, jnp.full_like(total, -jnp.inf))
+
+        @pl.when(stretch.whole)
+        def _():
+            self.lse[stretch.row, self.tile, self.own] = lse
+
+        @pl.when(~stretch.whole)
+        def _():
+            place, tile = self.place(stretch)
+            self.lses[place, tile, self.own] = lse
+
+
+def _columns(row, like):
+    return lax.broadcast_in_dim(row, like.shape, [1])
 
 
 class _Block(NamedTuple):
