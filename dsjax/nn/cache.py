@@ -22,8 +22,7 @@ from dsjax.nn.attention import Sight
 from dsjax.nn.dropping import Dropping
 from dsjax.nn.weights import batch_axes
 from dsjax.sharding import BATCH, fit
-from pallas_kernels.mla_decode.api import append
-from pallas_kernels.mla_decode.quantize import E4M3, quantize_latents
+from pallas_kernels.mla_decode.api import E4M3, append, quantize_latents
 
 
 class Phase(enum.Enum):

@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import named, note_choice
 from pallas_kernels.mla_decode import fp8_gpu, pallas_gpu, pallas_tpu, reference
-from pallas_kernels.mla_decode.quantize import E4M3
+from pallas_kernels.mla_decode.quantize import E4M3, quantize_latents
+
+__all__ = ["E4M3", "append", "mla_decode", "quantize_latents"]
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
 IMPLEMENTATIONS = ("reference", *KERNELS.values())

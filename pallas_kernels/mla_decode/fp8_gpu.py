@@ -437,6 +437,7 @@ class _FewKernel(_Fp8Kernel):
         plgpu.barrier_wait(self.shared.q_full)
         _to_float16(self.q_bytes)
         plgpu.commit_smem()
+
         @pl.when(stretch.done == 0)
         def _():  # for the rows that are not there: nothing has to be done to them
             ones = plgpu.layout_cast(jnp.ones((TALL,), jnp.float32), COLUMN)
