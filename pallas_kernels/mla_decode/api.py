@@ -53,9 +53,10 @@ def mla_decode(
     Pages outside the cache are the caller's mistake, clipped to its first and last.
 
     Latents may be float8_e4m3fn, with a float32 scale for each slot's, `latent_scale`,
-    as `quantize_latents` makes them: of V3, 644 bytes a token instead of 1152. What the
-    result is compared with is attention on latents times scales, in the dtype of the
-    rotary part, which bfloat16 holds exactly where scales are powers of two.
+    as `quantize_latents` makes them: of V3, 644 bytes a token instead of 1152. Attention
+    is on latents times scales: "reference" rounds these to the dtype of queries,
+    "pallas_gpu" to float16, as it does queries, so that what is larger than 65504 is
+    lost; neither changes anything where scales are powers of two.
 
     On a mesh of Explicit axes, rows and heads may be cut, and with the rows the cache,
     unless it is paged. Results have the dtype of `q`. There is no gradient.
@@ -77,32 +78,24 @@ def mla_decode(
     _check_scales(latent_YXZL, latent_scale_YXZ)
     dtype = jnp.dtype(softmax_dtype)
     softmax = "" if dtype == jnp.float32 else f"a softmax in {dtype}"
-    queries = (q_BTNL, q_BTNR, latent_YXZL)
-    hopper, on_tpu = pallas_gpu, softmax or pallas_tpu.lacks(*queries, pages_BP)
-    on_gpu = softmax or pallas_gpu.lacks(*queries)
-    if narrow := latent_scale_YXZ is not None:
-        hopper, on_tpu = fp8_gpu, "a latent cache in float8_e4m3fn"
-        on_gpu = softmax or fp8_gpu.lacks(*queries, rope_YXRZ)
+    operands = (q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ)
+    kernels, lacking = _kernels(*operands, pages_BP)
     run = _choose(
         "mla_decode",
         implementation,
         reference=functools.partial(reference.decode, scale=scale, dtype=dtype),
         kernels={
             platform: functools.partial(kernel.decode, scale=scale)
-            for platform, kernel in {"tpu": pallas_tpu, "cuda": hopper}.items()
+            for platform, kernel in kernels.items()
         },
-        lacking={
-            "tpu": on_tpu,
-            "cuda": on_gpu,
-        },
+        lacking={platform: softmax or why for platform, why in lacking.items()},
     )
     q, out = P(*_cut(q_BTNL)), P(*_cut(q_BTNL)[:3])
     cache, lengths, pages = _cut_cache(q[0], pages_BP)
     specs = (q, q, cache, cache, lengths, P(), pages, P(*cache[:3]))
-    layer, others = jnp.asarray(layer, jnp.int32), (pages_BP,)
-    if narrow:
-        others = (pages_BP, latent_scale_YXZ)
-    operands = (q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, layer, *others)
+    operands = (*operands, lengths_B, jnp.asarray(layer, jnp.int32), pages_BP)
+    if latent_scale_YXZ is not None:
+        operands = (*operands, latent_scale_YXZ)
     run = _on_each_device(run, q_BTNL, specs[: len(operands)], (q, out))
     return run(*operands)
 
@@ -144,6 +137,18 @@ def append(
     cache, first, pages = _cut_cache(new[0], pages_BP)
     run = _on_each_device(run, new_BTR, (cache, new, first, P(), pages), cache)
     return run(rope_YXRZ, new_BTR, first_B, jnp.asarray(layer, jnp.int32), pages_BP)
+
+
+def _kernels(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, pages_BP) -> tuple[dict, dict]:
+    """By platform: the kernel, and why it does not take these, or nothing."""
+    operands = (q_BTNL, q_BTNR, latent_YXZL)
+    if latent_YXZL.dtype == E4M3:
+        kernels = {"tpu": pallas_tpu, "cuda": fp8_gpu}
+        on_tpu = "takes no latents in float8_e4m3fn"
+        return kernels, {"tpu": on_tpu, "cuda": fp8_gpu.lacks(*operands, rope_YXRZ)}
+    kernels = {"tpu": pallas_tpu, "cuda": pallas_gpu}
+    on_tpu = pallas_tpu.lacks(*operands, pages_BP)
+    return kernels, {"tpu": on_tpu, "cuda": pallas_gpu.lacks(*operands)}
 
 
 def _choose(

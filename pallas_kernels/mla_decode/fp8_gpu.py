@@ -1,15 +1,19 @@
 """Absorbed MLA decoding on FP8 latents, for Hopper GPUs: `pallas_gpu` with one thing more.
 
 Wgmma multiplies FP8 only where both matrices lie along the sum, which the values do not:
-latents have to be 16 bits wide in shared memory. The warpgroup that copies converts them,
-a quarter of a block at a time: e4m3 is exact in float16, and its product with a slot's
-scale is, too, where that is a power of two. Queries and weights are float16 as well; the
-rotary part stays bfloat16, since sums do not mind.
+latents have to be 16 bits wide in shared memory. So each of the warpgroups that multiply
+values converts its half of the next block while this one's softmax is found: e4m3 is exact
+in float16, and so is its product with a slot's scale where that is a power of two. What
+multiplies scores waits for that instead of for the copy. Queries and weights are float16
+as well; the rotary part stays bfloat16, since sums do not mind.
 
-Shared memory is full, and there are two ways for a quarter to arrive:
+float16 ends at 65504 and at 2 ** -24: of queries, and of latents times scales, what is
+larger is lost, and what is smaller counts as nothing.
+
+Shared memory is full, and there are two ways for a quarter of a block to arrive:
 
     in place  in the upper half of the place that it will fill, its scales in the lower:
-              what lies in the way is in registers before it is written over
+              all of it is in registers before the first of it is written
     ahead     where a tile has at most 32 queries of 64, a block has room in the rows that
               it lacks: products of these are never looked at
 
@@ -46,21 +50,20 @@ from pallas_kernels.mla_decode.pallas_gpu import (
     TILED,
     L,
     R,
+    _any_below_one,
     _Kernel,
     _quarter,
     _rows,
     _Shared,
     _Sizes,
     _Stretch,
+    _zero_behind,
 )
 from pallas_kernels.mla_decode.quantize import E4M3
 from pallas_kernels.mla_decode.schedule_gpu import schedule
+from pallas_kernels.mosaic import load
 
 PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in float16
-ROW = MATRIX.reduce(0)
-TURNED = plgpu.Layout.WGMMA_TRANSPOSED
-FETCH = 0
-OWN = (1,)  # quarters that the warpgroup of their values converts
 HEADROOM = 7  # powers of 2 by which weights are larger: float16 ends at 2 ** -24
 
 
@@ -119,31 +122,33 @@ def _call(sizes: _Sizes):
     def kernel(*refs):
         *arguments, latent_scale = refs[:13]
 
-        def run(arrived, taken, ahead, *shared):
+        def run(converted, arrived, taken, *shared):
             shared = _Shared(*shared)
-            q_narrow, q_wide, q_bytes = shared.q
             latents, results, codes, scales, places = shared.latents
-            if ahead is not None:
-                codes, scales = ahead
-            shared = shared._replace(latents=latents, q=q_narrow)
-            kernel = _FewKernel if _is_ahead(s) else _Fp8Kernel
-            kernel(
+            q, q_rope = shared.q, shared.q_rope
+            q, q_narrow, (q_bytes, *ahead) = q
+            if _is_ahead(s):
+                (codes,) = ahead
+                q_rope, (_, scales) = q_rope
+            _Fp8Kernel(
                 sizes,
                 *arguments,
                 *refs[13:],
-                shared,
+                shared._replace(latents=latents, q=q, q_rope=q_rope),
                 latent_scale=latent_scale,
-                q_wide=q_wide,
+                q_narrow=q_narrow,
                 q_bytes=q_bytes,
                 results=results,
                 codes=codes,
                 scales=scales,
                 places=places,
+                converted=converted,
                 arrived=arrived,
                 taken=taken,
             ).run()
 
-        pl.run_scoped(run, *_shared_types(s), collective_axes="warpgroup")
+        types = _shared_types(s)
+        pl.run_scoped(run, *types, collective_axes="warpgroup")
 
     grid: dict[str, Any] = dict(grid=(tiles, s.parts), grid_names=("tile", "part"))
     if s.clustered:
@@ -166,7 +171,7 @@ def _call(sizes: _Sizes):
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=128 * s.rows if _is_ahead(s) else 1024,
+            reduction_scratch_bytes=1024,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # there is one wherever one is needed
         ),
@@ -179,26 +184,13 @@ def _is_ahead(sizes: _Sizes) -> bool:
 
 
 def _shared_types(sizes: _Sizes) -> tuple:
-    """What to allocate: barriers of quarters that have arrived; what `_Shared` is made of,
-    where several views of the same memory are in the order of `_call`.
+    """What to allocate: barriers for quarters that are converted, that have arrived ahead
+    and that have been taken there; then what `_Shared` is made of.
     """
     shared, quarters = _Shared.types(clustered=sizes.clustered), (SLOTS, 2, 2)
     matrix = functools.partial(plgpu.SMEM, dtype=jnp.float16, transforms=TILED)
-    wide = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=TILED)
-    rows, ahead = TALL, None
-    if _is_ahead(sizes):
-        rows = sizes.rows
-        ahead = (
-            plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3),
-            plgpu.SMEM((2, 2, BLOCK), jnp.float32),
-        )
     shared = shared._replace(
-        q=plgpu.RefUnion(
-            matrix((1, rows, L)),
-            wide((1, rows, L)),
-            plgpu.SMEM((rows * 2 * L,), jnp.int8),
-        ),
-        q_rope=wide((rows, R)),
+        # One memory: as products read it, as copies fill it, and as bytes.
         latents=plgpu.RefUnion(
             matrix((*quarters, BLOCK, QUARTER)),
             shared.latents,
@@ -207,148 +199,117 @@ def _shared_types(sizes: _Sizes) -> tuple:
             plgpu.SMEM((*quarters, PLACE), jnp.int8),
         ),
         weights=matrix((2, TALL, BLOCK)),
+        full=plgpu.Barrier(num_arrivals=2, num_barriers=ROPE + 1),
     )
-    arrived = plgpu.Barrier(num_arrivals=2, num_barriers=ROPE)
-    return arrived, plgpu.Barrier(num_barriers=4), ahead, *shared
+    rows, ahead = TALL, []
+    if _is_ahead(sizes):
+        rows = TALL // 2
+        ahead = [plgpu.SMEM((2, 2, BLOCK, QUARTER), E4M3)]
+        own_rope = plgpu.SMEM((rows * 2 * R,), jnp.int8)
+        scales = plgpu.SMEM((2, 2, BLOCK), jnp.float32)
+        q_rope = plgpu.RefUnion(shared.q_rope, (own_rope, scales))
+        shared = shared._replace(q_rope=q_rope)
+    own = plgpu.SMEM((rows * 2 * L,), jnp.int8)
+    q = plgpu.RefUnion(shared.q, matrix((1, TALL, L)), (own, *ahead))
+    shared = shared._replace(q=q)
+    return (
+        plgpu.Barrier(num_barriers=ROPE),
+        plgpu.Barrier(num_arrivals=2, num_barriers=len(QUARTERS)),
+        plgpu.Barrier(num_barriers=len(QUARTERS)),
+        *shared,
+    )
+
+
+class _Landing(NamedTuple):
+    """Where a quarter arrives."""
+
+    codes: Any
+    scales: Any
+    full: Any
+    free: Any
+    used: Any  # whether another was there before
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Fp8Kernel(_Kernel):
-    """One block of threads. "Full" says of quarters that they are converted."""
+    """One block of threads."""
 
-    registers: ClassVar[dict[str, int]] = {"values": 192, "weights": 88, "copies": 40}
+    registers: ClassVar[dict[str, int]] = {"values": 200, "weights": 88, "copies": 24}
 
     latent_scale: Any
-    q_wide: Any  # [1, 64, L]: queries in bfloat16, as they arrive
-    q_bytes: Any
-    results: Any  # [SLOTS, 2, 2, 64, L / 4]: bfloat16, as they leave
+    q_narrow: Any  # [1, 64, L]: the queries in float16
+    q_bytes: Any  # of the rows that are queries
+    results: Any  # [SLOTS, 2, 2, 64, L / 4], in bfloat16
     codes: Any  # [SLOTS, 2, 2, 2, 64, L / 4], of the last 2 the 1; or [2, 2, 64, L / 4]
     scales: Any  # [SLOTS, 2, 2, ..], the first 64; or [2, 2, 64]
     places: Any  # [SLOTS, 2, 2, bytes]
-    arrived: Any
-    taken: Any
+    converted: Any  # quarters
+    arrived: Any  # ahead
+    taken: Any  # from there
 
-    scores: ClassVar[Any] = SCORES
+    def landing(self, step, half: int, quarter: int) -> _Landing:
+        if _is_ahead(self.sizes):
+            at, barrier = (half, quarter), 2 * half + quarter
+            there = self.codes.at[at], self.scales.at[at]
+            barriers = self.arrived.at[barrier], self.taken.at[barrier]
+            return _Landing(*there, *barriers, step > 0)
+        at, barrier = (
+            (lax.rem(step, SLOTS), half, quarter),
+            _quarter(step, half, quarter),
+        )
+        there = self.codes.at[(*at, 1)], self.scales.at[(*at, pl.ds(0, BLOCK))]
+        barriers = self.shared.full.at[barrier], self.shared.free.at[barrier]
+        return _Landing(*there, *barriers, step >= SLOTS)
 
     # --- copies
 
-    def copy_stretch(self, stretch: _Stretch) -> None:
-        cached = functools.partial(self.cached, stretch, self.layer[0] * self.sizes.X)
-        first, step = cached(stretch.first), stretch.done
-        for half, quarter in QUARTERS:
-            self.send(step, half, quarter, first)
-        self.send_queries(stretch)
-        self.send_rope(step, first)
-
-        @pl.loop(stretch.first, stretch.last)
-        def _(block):
-            step, more = stretch.done + block - stretch.first, block + 1 < stretch.last
-            following = cached(jnp.minimum(block + 1, stretch.last - 1))
-            for half, quarter in QUARTERS:
-                if quarter in OWN:
-                    continue
-                self.convert(step, half, quarter)
-                if _is_ahead(self.sizes):
-                    send = functools.partial(self.send, step + 1, half, quarter)
-                    pl.when(more)(functools.partial(send, following))
-            current = cached(block)
-            pl.when(block > stretch.first)(lambda: self.send_rope(step, current))
-            if self.sizes.clustered or FETCH:
-                far = FETCH or 2
-                latest = cached(jnp.minimum(block + far, stretch.last - 1))
-                pl.when(block + far < stretch.last)(lambda: self.fetch(*latest))
-
-            @pl.when(more)
-            def _():
-                for half, quarter in QUARTERS:
-                    if not _is_ahead(self.sizes) or quarter in OWN:
-                        self.send(step + 1, half, quarter, following)
-
-    def send_queries(self, stretch: _Stretch) -> None:
-        shared = self.shared
-        there = (slice(None),) if _is_ahead(self.sizes) else self.there
-        pl.when(stretch.done > 0)(lambda: plgpu.barrier_wait(shared.q_free))
-        for source, target in (
-            (self.q, self.q_wide.at[(0, *there)]),
-            (self.q_rope, shared.q_rope.at[there]),
-        ):
-            source = source.at[stretch.row, self.queries]
-            plgpu.copy_gmem_to_smem(source, target, shared.q_full)
-
-    def send_rope(self, step, block) -> None:
-        barrier = self.shared.free.at[ROPE]
-        pl.when(step > 0)(lambda: plgpu.barrier_wait(barrier))
-        self.copy_to(self.shared.full.at[ROPE], (block.rope, self.shared.rope))
-
-    def send(self, step, half: int, quarter: int, block) -> None:
-        """Has a quarter of a block, and its scales, copied to where it is converted."""
-        if not _is_ahead(self.sizes):
-            self.wait_for_place(step, half, quarter)
-        elif quarter in OWN:
-            taken = self.taken.at[2 * half + quarter]
-            pl.when(step > 0)(lambda: plgpu.barrier_wait(taken))
-        barrier, codes, scales = self.landing(step, half, quarter)
-        columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-        latents = block.latents.at[:, columns]
-        self.copy_to(barrier, (latents, codes), (block.scales, scales))
-
-    def copy_to(self, barrier, *copies) -> None:
+    def copy_block(self, stretch: _Stretch, block, latents, rope, scales) -> None:
+        """In the order in which it is used: the rotary part last."""
+        shared, step = self.shared, stretch.done + block - stretch.first
         pair = ("pair",) if self.sizes.clustered else None
-        for source, target in copies:
+
+        def copy(source, target, barrier):
             plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=pair)
 
-    def convert(self, step, half: int, quarter: int) -> None:
-        barrier, codes, scales = self.landing(step, half, quarter)
-        plgpu.barrier_wait(barrier)
-        convert = _convert_in_place
-        if _is_ahead(self.sizes):
-            if quarter not in OWN:
-                self.wait_for_place(step, half, quarter)
-            convert = _convert
-        convert(self.places.at[lax.rem(step, SLOTS), half, quarter], codes, scales)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.shared.full.at[_quarter(step, half, quarter)])
-        if _is_ahead(self.sizes) and quarter in OWN:
-            plgpu.barrier_arrive(self.taken.at[2 * half + quarter])
+        for half, quarter in QUARTERS:
+            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+            there = self.landing(step, half, quarter)
+            pl.when(there.used)(functools.partial(plgpu.barrier_wait, there.free))
+            copy(latents.at[:, columns], there.codes, there.full)
+            copy(scales, there.scales, there.full)
 
-    def wait_for_place(self, step, half: int, quarter: int) -> None:
-        barrier = self.shared.free.at[_quarter(step, half, quarter)]
-        pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(barrier))
+        @pl.when(step > 0)
+        def _():
+            plgpu.barrier_wait(shared.free.at[ROPE])
 
-    def landing(self, step, half: int, quarter: int) -> tuple:
-        """Where a quarter arrives: the barrier, and places for values and scales."""
-        if _is_ahead(self.sizes):
-            at = half, quarter
-            return (
-                self.arrived.at[2 * half + quarter],
-                self.codes.at[at],
-                self.scales.at[at],
-            )
-        at = lax.rem(step, SLOTS), half, quarter
-        codes, scales = self.codes.at[(*at, 1)], self.scales.at[(*at, pl.ds(0, BLOCK))]
-        return self.arrived.at[_quarter(step, half, quarter)], codes, scales
+        # In two, since the quarters' barriers take two arrivals.
+        for part in pl.ds(0, R // 2), pl.ds(R // 2, R // 2):
+            copy(rope.at[part], shared.rope.at[part], shared.full.at[ROPE])
 
-    def cached(self, stretch: _Stretch, layer, block) -> "_Block":
+    def fetch(self, latents, rope, scales) -> None:
+        super().fetch(latents, rope)
+
+    def cached(self, stretch: _Stretch, layer, block):
+        """Also the scales [64]."""
         s, place, slot = self.sizes, stretch.row, block * BLOCK
         if s.paged:
             place = self.pages[place, lax.div(slot, s.Z)]
             slot = lax.rem(slot, s.Z)
         place += layer
         slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-        return _Block(
-            self.latent.at[place, slots],
-            self.rope.at[place, :, slots],
-            self.latent_scale.at[place, slots],
-        )
+        rope, scales = self.rope.at[place, :, slots], self.latent_scale.at[place, slots]
+        return self.latent.at[place, slots], rope, scales
 
-    def fetch(self, latents, rope, scales) -> None:
-        if self.sizes.clustered:
-            return super().fetch(latents, rope)
-        for half in range(2):
-            plgpu.async_prefetch(latents.at[:, pl.ds(half * HALF, HALF)])
-        plgpu.async_prefetch(rope)
+    # --- scores
 
-    # --- scores and weights
+    def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
+        shared = self.shared
+        zero = lax.shift_right_logical(stretch.length, 30) * step
+        for half, quarter in QUARTERS:
+            plgpu.barrier_wait(self.converted.at[_quarter(step, half, quarter)])
+            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+            latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
+            plgpu.wgmma(acc, self.q_narrow.at[zero, :, columns], latents.T)
 
     def weigh_stretch(self, stretch: _Stretch) -> None:
         plgpu.barrier_wait(self.shared.q_full)
@@ -361,7 +322,7 @@ class _Fp8Kernel(_Kernel):
         lax.fori_loop(stretch.first, stretch.last, weigh, (highest, total))
 
     def weigh_block(self, stretch: _Stretch, block, state):
-        """One at a time: to convert the next takes as long as this one's softmax."""
+        """One at a time: the next is converted while this one's weights are found."""
         step = stretch.done + block - stretch.first
 
         def multiply(acc):
@@ -369,7 +330,7 @@ class _Fp8Kernel(_Kernel):
             self.multiply_rope(acc)
             return acc[...]
 
-        scores = pl.run_scoped(multiply, self.scores)
+        scores = pl.run_scoped(multiply, SCORES)
         plgpu.barrier_arrive(self.shared.free.at[ROPE])
         ends = block + 1 == stretch.last
         pl.when(ends)(lambda: plgpu.barrier_arrive(self.shared.q_free))
@@ -379,7 +340,7 @@ class _Fp8Kernel(_Kernel):
         return state
 
     def soften(self, stretch: _Stretch, block, scores, state):
-        """Writes 2 ** (scores + HEADROOM - highest), at most 2 ** 15."""
+        """Writes 2 ** (HEADROOM + scores - highest), at most 2 ** 15: `pallas_gpu`."""
         shared, (highest, total) = self.shared, state
         step = stretch.done + block - stretch.first
         scale = self.sizes.scale * LOG2E
@@ -405,184 +366,97 @@ class _Fp8Kernel(_Kernel):
     # --- values
 
     def add_stretch(self, half: int, stretch: _Stretch) -> None:
-        for quarter in OWN:
-            self.convert(stretch.done, half, quarter)
+        self.convert(half, stretch.done)
         super().add_stretch(half, stretch)
 
-    def add_block(self, half: int, stretch: _Stretch, step, acc):
-        more = step + 1 < stretch.end
-        for quarter in OWN:
-            convert = functools.partial(self.convert, step + 1, half, quarter)
-            pl.when(more)(convert)
-        return super().add_block(half, stretch, step, acc)
-
     def store(self, half: int, stretch: _Stretch, acc) -> None:
-        wide = replace(self, shared=self.shared._replace(latents=self.results))
-        super(_Fp8Kernel, wide).store(half, stretch, acc)
+        as_results = replace(self, shared=self.shared._replace(latents=self.results))
+        super(_Fp8Kernel, as_results).store(half, stretch, acc)
 
+    def convert(self, half: int, step) -> None:
+        """A block's half of the columns."""
+        for quarter in range(2):
+            there = self.landing(step, half, quarter)
+            plgpu.barrier_wait(there.full)
+            place = self.places.at[lax.rem(step, SLOTS), half, quarter]
+            _convert(place, there.codes, there.scales)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(self.converted.at[_quarter(step, half, quarter)])
+            if _is_ahead(self.sizes):
+                plgpu.barrier_arrive(there.free)
 
-@dataclass(frozen=True, kw_only=True)
-class _FewKernel(_Fp8Kernel):
-    """Of tiles with 8 to 32 queries: scores are [slots, queries], so that products with
-    queries that are not there need neither time nor memory. Their weights turn round on
-    their way to the values.
-    """
+    def add_block(self, half: int, stretch: _Stretch, step, acc):
+        shared, at, more = self.shared, lax.rem(step, 2), step + 1 < stretch.end
+        numbers = [_quarter(step, half, quarter) for quarter in range(2)]
+        latents = shared.latents.at[lax.rem(step, SLOTS), half]
+        pl.when(more)(lambda: self.convert(half, step + 1))
+        plgpu.barrier_wait(shared.weights_full.at[at])
+        left = stretch.length - (stretch.last - 1) * BLOCK
+        pl.when(~more & (left < BLOCK))(lambda: _zero_behind(latents, left))
+        factor = load(shared.factors.at[at], layout=COLUMN)
+        acc = lax.cond(
+            _any_below_one(factor) > 0,
+            lambda acc: acc * _rows(factor, acc),
+            lambda acc: acc,
+            acc,
+        )
+        if half == 1:
+            plgpu.barrier_wait(shared.turn.at[at])
 
-    @property
-    def own(self):
-        """The tile's queries, of 64."""
-        return pl.ds(0, self.sizes.rows)
+        def multiply(acc):
+            for quarter in range(2):
+                columns = pl.ds(quarter * QUARTER, QUARTER)
+                plgpu.wgmma(
+                    acc.at[:, columns], shared.weights.at[at], latents.at[quarter]
+                )
+            plgpu.wgmma_wait(1)
+            if half == 0:
+                plgpu.barrier_arrive(shared.turn.at[at])
+            pl.when(more)(lambda: plgpu.barrier_arrive(shared.free.at[numbers[0]]))
 
-    def weigh_stretch(self, stretch: _Stretch) -> None:
-        plgpu.barrier_wait(self.shared.q_full)
-        _to_float16(self.q_bytes)
-        plgpu.commit_smem()
+        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
 
-        @pl.when(stretch.done == 0)
-        def _():  # for the rows that are not there: nothing has to be done to them
-            ones = plgpu.layout_cast(jnp.ones((TALL,), jnp.float32), COLUMN)
-            for row in range(4):
-                self.shared.factors[row] = ones
-
-        rows = self.sizes.rows
-        highest = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), ROW)
-        total = plgpu.layout_cast(jnp.zeros((BLOCK, rows), jnp.float32), MATRIX)
-        weigh = functools.partial(self.weigh_block, stretch)
-        lax.fori_loop(stretch.first, stretch.last, weigh, (highest, total))
-
-    @property
-    def scores(self):
-        return plgpu.ACC((BLOCK, self.sizes.rows), jnp.float32)
-
-    def multiply_rope(self, acc) -> None:
-        plgpu.barrier_wait(self.shared.full.at[ROPE])
-        plgpu.wgmma(acc, self.shared.rope.T, self.shared.q_rope.T)
-
-    def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
-        shared = self.shared
-        zero = lax.shift_right_logical(stretch.length, 30) * step
-        for half, quarter in QUARTERS:
-            plgpu.barrier_wait(shared.full.at[_quarter(step, half, quarter)])
-            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-            latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
-            plgpu.wgmma(acc, latents, shared.q.at[zero, :, columns].T)
-
-    def soften(self, stretch: _Stretch, block, scores, state):
-        shared, (highest, total) = self.shared, state
-        step = stretch.done + block - stretch.first
-        scale = self.sizes.scale * LOG2E
-        scores = self.masked(stretch, block, scores if scale >= 0 else -scores)
-        scale, before = abs(scale), highest
-        highest = jnp.maximum(before, scores.max(axis=0) * scale - HEADROOM)
-        highest = jnp.where(highest > before + GROWTH, highest, before)
-        factor = jnp.exp2(before - highest)
-        weights = jnp.exp2(scores * scale - _columns(highest, scores))
-        total = total * _columns(factor, total) + weights
-        at = lax.rem(step, 2)
-
-        @pl.when(step > 1)
+        @pl.when(more)
         def _():
-            plgpu.barrier_wait(shared.weights_free.at[at])
+            plgpu.barrier_arrive(shared.weights_free.at[at])
+            plgpu.barrier_arrive(shared.free.at[numbers[1]])
 
-        weights = plgpu.layout_cast(weights.astype(jnp.float16), TURNED)
-        shared.weights.at[at, self.own].T[...] = weights
-        shared.factors[at, self.own] = factor
-        return highest, total
-
-    def masked(self, stretch: _Stretch, block, scores):
-        s, length = self.sizes, stretch.length
-        shortest = length - s.T + 1
-
-        def mask(scores):
-            slot, query = (
-                plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=MATRIX)
-                for axis in (0, 1)
-            )
-            seen = shortest
-            if s.T > 1:
-                seen = jnp.minimum(shortest + lax.div(query, jnp.int32(s.N)), length)
-            return jnp.where(slot + block * BLOCK < seen, scores, -jnp.inf)
-
-        some = (block + 1) * BLOCK > shortest
-        return lax.cond(some, mask, lambda scores: scores, scores)
-
-    def finish(self, stretch: _Stretch, state) -> None:
-        highest, total = state
-        total = total.sum(axis=0)
-        some = total > 0
-        inverse = jnp.where(some, 1 / total, jnp.zeros_like(total))
-        self.shared.factors[2 + lax.rem(stretch.end - 1, 2), self.own] = inverse
-        lse = (highest + jnp.log2(total)) / LOG2E
-        lse = jnp.where(some, lse, jnp.full_like(total, -jnp.inf))
-
-        @pl.when(stretch.whole)
-        def _():
-            self.lse[stretch.row, self.tile, self.own] = lse
-
-        @pl.when(~stretch.whole)
-        def _():
-            place, tile = self.place(stretch)
-            self.lses[place, tile, self.own] = lse
+        return acc
 
 
-def _columns(row, like):
-    return lax.broadcast_in_dim(row, like.shape, [1])
-
-
-class _Block(NamedTuple):
-    """A block in the cache."""
-
-    latents: Any  # [64, L]
-    rope: Any  # [R, 64]
-    scales: Any  # [64]
-
-
-def _converter(*, in_place: bool):
-    """Of a quarter: e4m3 times scales to float16. Each lane has 8 columns of 4 rows, twice.
+@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+def _convert(_, place, codes, scales) -> None:
+    """A quarter's e4m3 to float16, times scales: each lane has 8 columns of 8 rows. All
+    is read before anything is written: it may lie where that goes.
 
     In bytes: rows of 128 values follow each other; so do the result's tiles of 8 rows and
-    64 columns, whose 16 bytes are swizzled by the row. In place, the second half of them
-    lies over the values, the first over the scales.
+    64 columns, whose 16 bytes are swizzled by the row.
     """
+    i32 = ir.IntegerType.get_signless(32)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-    def convert(_, place, codes, scales) -> None:
-        i32 = ir.IntegerType.get_signless(32)
+    def number(value: int):
+        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-        def number(value: int):
-            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+    def at(ref, *terms):
+        start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
+        offsets = (arith.muli(x, number(size)) for x, size in terms)
+        return functools.reduce(arith.addi, offsets, start)
 
-        def at(ref, *terms):
-            start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
-            offsets = (arith.muli(x, number(size)) for x, size in terms)
-            return functools.reduce(arith.addi, offsets, start)
-
-        lane = arith.remui(utils.thread_idx(), number(128))
-        strip = arith.shrui(lane, number(4))  # of 4 rows
-        column = arith.andi(lane, number(15))
-        odd = arith.andi(strip, number(1))
-        unit = arith.xori(arith.andi(column, number(7)), arith.muli(odd, number(4)))
-        unit = arith.muli(unit, number(16))
-        above = arith.shrui(strip, number(1))
-        right = arith.shrui(column, number(3))
-        tile = at(place, (above, 2048), (right, 1024), (odd, 512))
-        source = at(codes, (strip, 512), (column, 8))
-        factors = at(scales, (strip, 16))
-        factors = [_load(4, factors, 128 * part) for part in range(2)]
-        for part in range(2):
-            found = [_load(2, source, 4096 * part + 128 * row) for row in range(4)]
-            if in_place:
-                utils.warpgroup_barrier()
-            for row, (eight, factor) in enumerate(zip(found, factors[part])):
-                pair = _asm(1, _PAIR, factor)[0]
-                low, high = (_asm(2, _E4M3_TO_FLOAT16, four, pair) for four in eight)
-                target = arith.addi(tile, arith.xori(unit, number(16 * row)))
-                _store([*low, *high], target, 8192 * part + 128 * row)
-
-    return convert
-
-
-_convert, _convert_in_place = (_converter(in_place=over) for over in (False, True))
+    lane = arith.remui(utils.thread_idx(), number(128))
+    strip = arith.shrui(lane, number(4))  # of 8 rows
+    column = arith.andi(lane, number(15))
+    factors = [_load(4, at(scales, (strip, 32)), 16 * part) for part in range(2)]
+    factors = [factor for four in factors for factor in four]
+    source = at(codes, (strip, 1024), (column, 8))
+    found = [_load(2, source, 128 * row) for row in range(8)]
+    utils.warpgroup_barrier()
+    tile = at(place, (strip, 2048), (arith.shrui(column, number(3)), 1024))
+    unit = arith.shli(arith.andi(column, number(7)), number(4))
+    for row, (eight, factor) in enumerate(zip(found, factors)):
+        pair = _asm(1, _PAIR, factor)[0]
+        wide = [two for four in eight for two in _asm(2, _E4M3_TO_FLOAT16, four, pair)]
+        target = arith.addi(tile, arith.xori(unit, number(16 * row)))
+        _store(wide, target, 128 * row)
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))

@@ -225,5 +225,6 @@ def test_equals_the_definition_on_the_gpu(rng, case, exact):
         out, lse = map(np.asarray, call(arrays, scale, "pallas_gpu"))
         error = np.linalg.norm(out.astype(np.float64) - expected)
         assert error <= 3e-3 * np.linalg.norm(expected)
-        np.testing.assert_allclose(lse, expected_lse, atol=2e-3)
+        # A scale that is no power of two is rounded to float16, and so are products.
+        np.testing.assert_allclose(lse, expected_lse, atol=1e-3 if exact else 1e-2)
         assert (out[empty] == 0).all()
