@@ -11,21 +11,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mla_decode.schedule_gpu import Schedule, division
+from pallas_kernels.mla_decode.schedule_gpu import place_of
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a number below all scores, without the trouble of infinities
 
 
 def combine(
-    schedule: Schedule,
+    lengths_B: Int[Array, " B"],
     out_BML: Float[Array, "B M L"],
     lse: Float[Array, "B tiles 64"],
     sums: Float[Array, "places tiles 64 L"],
     lses: Float[Array, "places tiles 64"],
     *,
+    slots: int,
     parts: int,
 ) -> tuple[Float[Array, "B M L"], Float[Array, "B tiles 64"]]:
     """The outputs, in place, with the rows that were cut: place 2p of `sums` and `lses`
@@ -41,28 +42,25 @@ def combine(
     turns = 4 if parts < B else 1
     queries, depth = (2, 4) if B >= 32 else (1, 16)
 
-    def kernel(costs, counts, longest, total, sums, lses, out, lse):
+    def kernel(lengths, sums, lses, out, lse):
         row = lax.axis_index("row")
-        divided = division(longest[0], total[0], rows=B, parts=parts)
-        start = divided.start(row, costs[row])
-        first = lax.div(start, divided.length)
-        pieces = lax.div(start + counts[row] - 1, divided.length) - first + 1
+        first, pieces = place_of(lengths, row, slots=slots, parts=parts)
 
         def add(i, found, places):
             """Adds `depth` pieces: their loads do not wait for each other."""
             numbers = [i * depth + k for k in range(depth)]
-            slots = [2 * (first + jnp.minimum(k, pieces - 1)) for k in numbers]
-            slots = [s + (k == 0).astype(jnp.int32) for s, k in zip(slots, numbers)]
+            spots = [2 * (first + jnp.minimum(k, pieces - 1)) for k in numbers]
+            spots = [s + (k == 0).astype(jnp.int32) for s, k in zip(spots, numbers)]
             added = []
             for (highest, weight, acc), place in zip(found, places):
                 each = [
                     jnp.where(k < pieces, lses[slot, *place], -jnp.inf)
-                    for k, slot in zip(numbers, slots)
+                    for k, slot in zip(numbers, spots)
                 ]
                 before, highest = highest, functools.reduce(jnp.maximum, each, highest)
                 factor = jnp.exp2((before - highest) * LOG2E)
                 weight, acc = weight * factor, acc * factor
-                for slot, piece in zip(slots, each):
+                for slot, piece in zip(spots, each):
                     factor = jnp.exp2((piece - highest) * LOG2E)
                     weight, acc = weight + factor, acc + sums[slot, *place] * factor
                 added.append((highest, weight, acc))
@@ -101,5 +99,5 @@ def combine(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(*schedule[1:], sums, lses, out_ref, lse_ref)
+    )(lengths_B, sums, lses, out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)

@@ -13,7 +13,7 @@ larger is lost, and what is smaller counts as nothing.
 Shared memory is full, and there are two ways for a quarter of a block to arrive:
 
     in place  in the upper half of the place that it will fill, its scales in the lower:
-              all of it is in registers before the first of it is written
+              what lies in the way is in registers before it is written over
     ahead     where a tile has at most 32 queries of 64, a block has room in the rows that
               it lacks: products of these are never looked at
 
@@ -60,7 +60,6 @@ from pallas_kernels.mla_decode.pallas_gpu import (
     _zero_behind,
 )
 from pallas_kernels.mla_decode.quantize import E4M3
-from pallas_kernels.mla_decode.schedule_gpu import schedule
 from pallas_kernels.mosaic import load
 
 PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in float16
@@ -96,22 +95,20 @@ def decode(
     (B, T, N, _), (Y, X, Z, _) = q_BTNL.shape, latent_YXZL.shape
     slots = Z if pages_BP is None else Z * pages_BP.shape[1]
     sizes = _Sizes(B, T, N, X, Z, slots, paged=pages_BP is not None, scale=scale)
-    lengths_B = jnp.clip(lengths_B, 0, slots).astype(jnp.int32)
-    plan = schedule(lengths_B, parts=sizes.parts)
+    lengths_B = lengths_B.astype(jnp.int32)
     if pages_BP is None:
         pages_BP = jnp.zeros((1, 1))
     out, lse, sums, lses = _call(sizes)(
-        *plan,
         lengths_B,
         jnp.asarray(layer, jnp.int32)[None],
-        jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32),
+        pages_BP.astype(jnp.int32),
         q_BTNL.reshape(B, T * N, L),
         q_BTNR.reshape(B, T * N, R),
         latent_YXZL.reshape(Y * X, Z, L),
         rope_YXRZ.reshape(Y * X, R, Z),
         latent_scale_YXZ.reshape(Y * X, Z),
     )
-    out, lse = combine(plan, out, lse, sums, lses, parts=sizes.parts)
+    out, lse = combine(lengths_B, out, lse, sums, lses, slots=slots, parts=sizes.parts)
     return out.reshape(q_BTNL.shape), lse[:, :, : sizes.rows].reshape(B, T, N)
 
 
@@ -120,7 +117,7 @@ def _call(sizes: _Sizes):
     s, tiles, places = sizes, sizes.tiles, 2 * sizes.parts
 
     def kernel(*refs):
-        *arguments, latent_scale = refs[:13]
+        *arguments, latent_scale = refs[:8]
 
         def run(converted, arrived, taken, *shared):
             shared = _Shared(*shared)
@@ -133,7 +130,7 @@ def _call(sizes: _Sizes):
             _Fp8Kernel(
                 sizes,
                 *arguments,
-                *refs[13:],
+                *refs[8:],
                 shared._replace(latents=latents, q=q, q_rope=q_rope),
                 latent_scale=latent_scale,
                 q_narrow=q_narrow,
@@ -234,7 +231,7 @@ class _Landing(NamedTuple):
 class _Fp8Kernel(_Kernel):
     """One block of threads."""
 
-    registers: ClassVar[dict[str, int]] = {"values": 200, "weights": 88, "copies": 24}
+    registers: ClassVar[dict[str, int]] = {"values": 192, "weights": 96, "copies": 32}
 
     latent_scale: Any
     q_narrow: Any  # [1, 64, L]: the queries in float16
@@ -293,7 +290,7 @@ class _Fp8Kernel(_Kernel):
         """Also the scales [64]."""
         s, place, slot = self.sizes, stretch.row, block * BLOCK
         if s.paged:
-            place = self.pages[place, lax.div(slot, s.Z)]
+            place = jnp.clip(self.pages[place, lax.div(slot, s.Z)], 0, s.X - 1)
             slot = lax.rem(slot, s.Z)
         place += layer
         slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
@@ -304,7 +301,7 @@ class _Fp8Kernel(_Kernel):
 
     def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
         shared = self.shared
-        zero = lax.shift_right_logical(stretch.length, 30) * step
+        zero = lax.shift_right_logical(stretch.row, 30) * step
         for half, quarter in QUARTERS:
             plgpu.barrier_wait(self.converted.at[_quarter(step, half, quarter)])
             columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
@@ -379,7 +376,8 @@ class _Fp8Kernel(_Kernel):
             there = self.landing(step, half, quarter)
             plgpu.barrier_wait(there.full)
             place = self.places.at[lax.rem(step, SLOTS), half, quarter]
-            _convert(place, there.codes, there.scales)
+            convert = _convert if _is_ahead(self.sizes) else _convert_in_place
+            convert(place, there.codes, there.scales)
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.converted.at[_quarter(step, half, quarter)])
             if _is_ahead(self.sizes):
@@ -424,39 +422,52 @@ class _Fp8Kernel(_Kernel):
         return acc
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-def _convert(_, place, codes, scales) -> None:
-    """A quarter's e4m3 to float16, times scales: each lane has 8 columns of 8 rows. All
-    is read before anything is written: it may lie where that goes.
+def _converter(*, in_place: bool):
+    """Of a quarter: e4m3 times scales to float16. Each lane has 8 columns of 4 rows, twice.
 
     In bytes: rows of 128 values follow each other; so do the result's tiles of 8 rows and
-    64 columns, whose 16 bytes are swizzled by the row.
+    64 columns, whose 16 bytes are swizzled by the row. In place, the second half of them
+    lies over the values, the first over the scales.
     """
-    i32 = ir.IntegerType.get_signless(32)
 
-    def number(value: int):
-        return arith.constant(i32, ir.IntegerAttr.get(i32, value))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def convert(_, place, codes, scales) -> None:
+        i32 = ir.IntegerType.get_signless(32)
 
-    def at(ref, *terms):
-        start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
-        offsets = (arith.muli(x, number(size)) for x, size in terms)
-        return functools.reduce(arith.addi, offsets, start)
+        def number(value: int):
+            return arith.constant(i32, ir.IntegerAttr.get(i32, value))
 
-    lane = arith.remui(utils.thread_idx(), number(128))
-    strip = arith.shrui(lane, number(4))  # of 8 rows
-    column = arith.andi(lane, number(15))
-    factors = [_load(4, at(scales, (strip, 32)), 16 * part) for part in range(2)]
-    factors = [factor for four in factors for factor in four]
-    source = at(codes, (strip, 1024), (column, 8))
-    found = [_load(2, source, 128 * row) for row in range(8)]
-    utils.warpgroup_barrier()
-    tile = at(place, (strip, 2048), (arith.shrui(column, number(3)), 1024))
-    unit = arith.shli(arith.andi(column, number(7)), number(4))
-    for row, (eight, factor) in enumerate(zip(found, factors)):
-        pair = _asm(1, _PAIR, factor)[0]
-        wide = [two for four in eight for two in _asm(2, _E4M3_TO_FLOAT16, four, pair)]
-        target = arith.addi(tile, arith.xori(unit, number(16 * row)))
-        _store(wide, target, 128 * row)
+        def at(ref, *terms):
+            start = llvm.ptrtoint(i32, utils.memref_ptr(ref))
+            offsets = (arith.muli(x, number(size)) for x, size in terms)
+            return functools.reduce(arith.addi, offsets, start)
+
+        lane = arith.remui(utils.thread_idx(), number(128))
+        strip = arith.shrui(lane, number(4))  # of 4 rows
+        column = arith.andi(lane, number(15))
+        odd = arith.andi(strip, number(1))
+        unit = arith.xori(arith.andi(column, number(7)), arith.muli(odd, number(4)))
+        unit = arith.muli(unit, number(16))
+        above = arith.shrui(strip, number(1))
+        right = arith.shrui(column, number(3))
+        tile = at(place, (above, 2048), (right, 1024), (odd, 512))
+        source = at(codes, (strip, 512), (column, 8))
+        factors = at(scales, (strip, 16))
+        factors = [_load(4, factors, 128 * part) for part in range(2)]
+        for part in range(2):
+            found = [_load(2, source, 4096 * part + 128 * row) for row in range(4)]
+            if in_place:
+                utils.warpgroup_barrier()
+            for row, (eight, factor) in enumerate(zip(found, factors[part])):
+                pair = _asm(1, _PAIR, factor)[0]
+                low, high = (_asm(2, _E4M3_TO_FLOAT16, four, pair) for four in eight)
+                target = arith.addi(tile, arith.xori(unit, number(16 * row)))
+                _store([*low, *high], target, 8192 * part + 128 * row)
+
+    return convert
+
+
+_convert, _convert_in_place = (_converter(in_place=over) for over in (False, True))
 
 
 @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))

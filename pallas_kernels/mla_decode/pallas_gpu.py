@@ -9,10 +9,10 @@ that is not a whole row leaves a piece for `combine_gpu`. Its four warpgroups:
     copies         the cache to shared memory, and before that to the L2 cache
 
 Shared memory has room for the queries (72 KB) and two blocks (of 72 KB, keys and values in
-one), so blocks are worked on in pairs. The scores of both are multiplied back to back;
-under the second's, the first's weights are found; under the first's values, the second's
-weights; under the second's values come the next pair's scores. `benchmarks/mla_decode.md`
-says what each of the choices here is worth.
+one), so blocks are worked on in pairs. A warpgroup cannot go on while its products wait
+for their turn: the first block's weights are found between the quarters of the second's
+scores; under the first's values, the second's weights; under the second's values come the
+next pair's scores. `benchmarks/mla_decode.md` says what each of the choices here is worth.
 
 Two blocks of threads that share a row, for two of its tiles, form a cluster: each copies
 half of a block, to both.
@@ -37,11 +37,11 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST, combine
 from pallas_kernels.mla_decode.schedule_gpu import (
     BLOCK,
-    MOST_ROWS,
     SMS,
-    division,
-    rows_of,
-    schedule,
+    Share,
+    blocks_of,
+    hidden,
+    share,
 )
 from pallas_kernels.mosaic import load
 
@@ -57,7 +57,7 @@ QUARTERS = (
 SLOTS = 2  # blocks in shared memory
 ROPE = 4 * SLOTS  # its barrier, behind those of the quarters
 GROWTH = 8  # a row's highest score may grow so much, in powers of 2, before it counts
-REGISTERS = {"values": 184, "weights": 120, "copies": 24}  # 512 with values twice
+REGISTERS = {"values": 176, "weights": 136, "copies": 24}  # 512 with values twice
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 MATRIX = plgpu.Layout.WGMMA
 COLUMN = MATRIX.reduce(1)
@@ -82,7 +82,7 @@ def lacks_sizes(
     latent_YXZL: Float[Array, "Y X Z L"],
 ) -> str:
     """The same, whatever the dtypes."""
-    B, T, N, size = q_BTNL.shape
+    _, T, N, size = q_BTNL.shape
     if (size, q_BTNR.shape[-1]) != (L, R):
         return f"takes sizes {L} and {R}, not {size} and {q_BTNR.shape[-1]}"
     if latent_YXZL.shape[2] % BLOCK:
@@ -92,8 +92,6 @@ def lacks_sizes(
     tiles = -(-T * N // TALL)
     if T * N % (8 * tiles) or tiles > SMS:
         return f"{T} tokens of {N} heads are no equal tiles of 8 to {TALL} queries"
-    if B > MOST_ROWS:
-        return f"{B} rows, more than {MOST_ROWS}"
     return "" if _is_hopper() else "is for GPUs of Hopper's generation"
 
 
@@ -119,21 +117,19 @@ def decode(
     (B, T, N, _), (Y, X, Z, _) = q_BTNL.shape, latent_YXZL.shape
     slots = Z if pages_BP is None else Z * pages_BP.shape[1]
     sizes = _Sizes(B, T, N, X, Z, slots, paged=pages_BP is not None, scale=scale)
-    lengths_B = jnp.clip(lengths_B, 0, slots).astype(jnp.int32)
-    plan = schedule(lengths_B, parts=sizes.parts)
+    lengths_B = lengths_B.astype(jnp.int32)
     if pages_BP is None:
         pages_BP = jnp.zeros((1, 1))
     out, lse, sums, lses = _call(sizes)(
-        *plan,
         lengths_B,
         jnp.asarray(layer, jnp.int32)[None],
-        jnp.clip(pages_BP, 0, X - 1).astype(jnp.int32),
+        pages_BP.astype(jnp.int32),
         q_BTNL.reshape(B, T * N, L),
         q_BTNR.reshape(B, T * N, R),
         latent_YXZL.reshape(Y * X, Z, L),
         rope_YXRZ.reshape(Y * X, R, Z),
     )
-    out, lse = combine(plan, out, lse, sums, lses, parts=sizes.parts)
+    out, lse = combine(lengths_B, out, lse, sums, lses, slots=slots, parts=sizes.parts)
     return out.reshape(q_BTNL.shape), lse[:, :, : sizes.rows].reshape(B, T, N)
 
 
@@ -263,6 +259,8 @@ class _Stretch(NamedTuple):
     first: Any
     last: Any  # the block after it
     done: Any
+    ahead: Any  # the part begins so many blocks after the row
+    share: Share
 
     @property
     def end(self):
@@ -282,11 +280,6 @@ class _Kernel:
     registers: ClassVar[dict[str, int]] = REGISTERS
 
     sizes: _Sizes
-    rows: Any
-    costs: Any
-    counts: Any
-    longest: Any
-    total: Any
     lengths: Any
     layer: Any
     pages: Any
@@ -335,17 +328,28 @@ class _Kernel:
     def stretches(self, body) -> jax.Array:
         """Calls `body` with every stretch of the part; the number of its blocks."""
         s = self.sizes
-        divided = division(self.longest[0], self.total[0], rows=s.B, parts=s.parts)
+        mine = share(self.lengths, self.part, slots=s.slots, parts=s.parts)
 
-        def one(row, done):
-            count = self.counts[row]
-            start = divided.start(row, self.costs[row])
-            first, last = divided.blocks(self.part, start, count)
-            stretch = _Stretch(row, self.lengths[row], count, first, last, done)
+        def one(row, state):
+            stretch = self.stretch(mine, row, *state)
             body(stretch)
-            return stretch.end
+            return stretch.ahead - mine.divided.step(stretch.blocks), stretch.end
 
-        return lax.fori_loop(*rows_of(self.rows[self.part]), one, jnp.int32(0))
+        start = mine.ahead, jnp.int32(0)
+        return lax.fori_loop(mine.first, mine.last, one, start)[1]
+
+    def stretch(self, share: Share, row, ahead, done) -> _Stretch:
+        slots = self.sizes.slots
+        length = jnp.clip(self.lengths[row], 0, slots)
+        count = blocks_of(self.lengths, row, slots)
+        return _Stretch(
+            row, length, count, *share.blocks(ahead, count), done, ahead, share
+        )
+
+    def again(self, stretch: _Stretch) -> _Stretch:
+        """The same, found out anew: in between it takes few registers."""
+        known = (hidden(x) for x in (stretch.row, stretch.ahead, stretch.done))
+        return self.stretch(stretch.share, *known)
 
     # --- copies
 
@@ -426,7 +430,7 @@ class _Kernel:
         """
         s, place, slot = self.sizes, stretch.row, block * BLOCK
         if s.paged:
-            place = self.pages[place, lax.div(slot, s.Z)]
+            place = jnp.clip(self.pages[place, lax.div(slot, s.Z)], 0, s.X - 1)
             slot = lax.rem(slot, s.Z)
         place += layer
         slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
@@ -467,10 +471,16 @@ class _Kernel:
         def both(acc, acc_next):
             self.multiply_rope(acc)
             self.multiply_latents(acc, stretch, step)
-            self.multiply_latents(acc_next, stretch, step + 1)
-            scores = plgpu.wgmma_accumulator_load(acc, wait_n=len(QUARTERS))
+            following = functools.partial(
+                self.multiply_quarter, acc_next, stretch, step + 1
+            )
+            following(*QUARTERS[0])
+            scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
             plgpu.barrier_arrive(self.shared.free.at[ROPE])
-            state_next = self.soften(stretch, block, scores, state)
+            softened = self.soften(stretch, block, scores, state)
+            for quarter in QUARTERS[1:]:
+                following(*quarter, zero=next(softened))
+            *_, state_next = softened
             self.publish(step)
             self.multiply_rope(acc_next)
             return acc_next[...], state_next
@@ -479,7 +489,7 @@ class _Kernel:
         plgpu.barrier_arrive(self.shared.free.at[ROPE])
         ends = block + 2 == stretch.last
         pl.when(ends)(lambda: plgpu.barrier_arrive(self.shared.q_free))
-        state = self.soften(stretch, block + 1, scores, state)
+        *_, state = self.soften(stretch, block + 1, scores, state)
         pl.when(ends)(lambda: self.finish(stretch, state))
         self.publish(step + 1)
         return state
@@ -496,7 +506,8 @@ class _Kernel:
         scores = pl.run_scoped(one, SCORES)
         plgpu.barrier_arrive(self.shared.free.at[ROPE])
         plgpu.barrier_arrive(self.shared.q_free)
-        self.finish(stretch, self.soften(stretch, stretch.last - 1, scores, state))
+        *_, state = self.soften(stretch, stretch.last - 1, scores, state)
+        self.finish(stretch, state)
         self.publish(step)
 
     def multiply_rope(self, acc) -> None:
@@ -504,14 +515,19 @@ class _Kernel:
         plgpu.wgmma(acc, self.shared.q_rope, self.shared.rope)
 
     def multiply_latents(self, acc, stretch: _Stretch, step) -> None:
+        for quarter in QUARTERS:
+            self.multiply_quarter(acc, stretch, step, *quarter)
+
+    def multiply_quarter(
+        self, acc, stretch, step, half: int, quarter: int, zero=0
+    ) -> None:
         shared = self.shared
         # A zero that the compiler does not know: it would keep all addresses in registers.
-        zero = lax.shift_right_logical(stretch.length, 30) * step
-        for half, quarter in QUARTERS:
-            plgpu.barrier_wait(shared.full.at[_quarter(step, half, quarter)])
-            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-            latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
-            plgpu.wgmma(acc, shared.q.at[zero, :, columns], latents.T)
+        zero += lax.shift_right_logical(stretch.row, 30) * step
+        plgpu.barrier_wait(shared.full.at[_quarter(step, half, quarter)])
+        columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+        latents = shared.latents.at[lax.rem(step, SLOTS), half, quarter]
+        plgpu.wgmma(acc, shared.q.at[zero, :, columns], latents.T)
 
     def soften(self, stretch: _Stretch, block, scores, state):
         """Writes 2 ** (scores - highest), and what to multiply the sums before with."""
@@ -523,10 +539,12 @@ class _Kernel:
         highest = jnp.maximum(before, scores.max(axis=1) * scale)
         highest = jnp.where(highest > before + GROWTH, highest, before)
         factor = jnp.exp2(before - highest)
+        yield 0
         weights = jnp.exp2(scores * scale - _rows(highest, scores))
         total = total * _rows(factor, total)
         for column in range(0, BLOCK, 8):
             total = total + weights[:, column : column + 8]
+        yield _zero_of(total)
         at = lax.rem(step, 2)
 
         @pl.when(step > 1)
@@ -535,7 +553,8 @@ class _Kernel:
 
         shared.weights[at] = weights.astype(jnp.bfloat16)
         shared.factors[at] = factor
-        return highest, total
+        yield 0
+        yield highest, total
 
     def masked(self, stretch: _Stretch, block, scores):
         """-inf where a token's query does not see a slot: in a row's last blocks."""
@@ -563,6 +582,7 @@ class _Kernel:
     def finish(self, stretch: _Stretch, state) -> None:
         """Writes log-sum-exps, and what to multiply the sums with in the end."""
         highest, total = state
+        stretch = self.again(stretch)
         total = total.sum(axis=1)
         some = total > 0
         inverse = jnp.where(some, 1 / total, jnp.zeros_like(total))
@@ -586,10 +606,12 @@ class _Kernel:
         plgpu.wait_smem_to_gmem(0)
 
     def add_stretch(self, half: int, stretch: _Stretch) -> None:
-        shared, step = self.shared, stretch.end - 1
+        shared = self.shared
         add = functools.partial(self.add_block, half, stretch)
         acc = plgpu.layout_cast(jnp.zeros((TALL, HALF), jnp.float32), MATRIX)
         acc = lax.fori_loop(stretch.done, stretch.end, add, acc)
+        stretch = self.again(stretch)
+        step = stretch.end - 1
         at = lax.rem(step, 2)
         inverse = load(shared.factors.at[2 + at], layout=COLUMN)
         plgpu.barrier_arrive(shared.weights_free.at[at])
@@ -690,6 +712,27 @@ def _zero_behind(latents, left) -> None:
             plgpu.commit_smem()  # all warps have read
             values[...] = found
     plgpu.commit_smem()
+
+
+@plgpu.inline_mgpu(
+    arg_types=(MATRIX,),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())),
+)
+def _zero_of(_, sums) -> mgpu.FragmentedArray:
+    """The sign of numbers that have none, which only we know: what needs it has to wait
+    for them.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    pair = ir.VectorType.get((2,), i32)
+    bits = functools.reduce(
+        arith.ori, (vector.bitcast(pair, two) for two in sums.registers.flat)
+    )
+    one, other = (
+        vector.extract(bits, dynamic_position=[], static_position=[i]) for i in (0, 1)
+    )
+    sign = arith.constant(i32, ir.IntegerAttr.get(i32, 31))
+    found = arith.shrui(arith.ori(one, other), sign)
+    return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
 
 @plgpu.inline_mgpu(
