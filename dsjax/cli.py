@@ -339,6 +339,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         metavar="TOKENS",
         help="of a sequence, or of the cache (default: 4096, or all the model can see)",
     )
+    _add_cache_dtype(command, "bfloat16")
     command.add_argument(
         "--no-kernels",
         action="store_true",
@@ -486,6 +487,15 @@ def _add_dtype(command: Parser, help: str) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help=help)
 
 
+def _add_cache_dtype(command: Parser, default: str) -> None:
+    command.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16", "float8_e4m3fn"),
+        help="of keys and values kept; float8_e4m3fn is for MLA's latents "
+        f"(default: {default})",
+    )
+
+
 def _add_model(command: Parser) -> None:
     command.add_argument(
         "checkpoint", metavar="CKPT", help="a Hugging Face or an Orbax directory"
@@ -524,6 +534,7 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         chat=args.chat,
         system=args.system,
+        cache_dtype=args.cache_dtype,
     ):
         print(text, end="", flush=True)
     print()
@@ -549,6 +560,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--chat", action="store_true", help="put the prompt in the chat template"
     )
     command.add_argument("--system", metavar="TEXT", help="system prompt, with --chat")
+    _add_cache_dtype(command, "the model's")
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -28,7 +28,8 @@ class Count:
     the routed experts its `top_k`. `active_without_lookup`: the same without the input
     embedding, of which a token reads one row.
 
-    `cache_bytes`: keys and values in bfloat16, in all layers. `cache_bytes_mha`,
+    `cache_bytes`: keys and values in bfloat16, in all layers. `cache_bytes_fp8`: with
+    MLA's latents in e4m3, a scale for each; None without latents. `cache_bytes_mha`,
     `cache_bytes_gqa`: the same heads with keys and values of their own, or shared in 8
     groups (V2, section 2.1.4).
 
@@ -44,6 +45,7 @@ class Count:
     active_without_lookup: int
     mtp_parameters: int
     cache_bytes: int
+    cache_bytes_fp8: int | None
     cache_bytes_mha: int
     cache_bytes_gqa: int
     context: int
@@ -55,7 +57,7 @@ class Count:
         """All forward FLOPs of one token."""
         return self.matmul_flops + self.attention_flops
 
-    def as_dict(self) -> dict[str, int | str]:
+    def as_dict(self) -> dict[str, int | str | None]:
         """Every number by its name, for JSON."""
         return asdict(self) | {"flops": self.flops}
 
@@ -102,6 +104,7 @@ def count(config: ModelConfig, *, context: int | None = None) -> Count:
         active_without_lookup=active - lookup,
         mtp_parameters=sum(sizes.values()) - sum(main.values()),
         cache_bytes=cache * config.attention.cache_values_per_token,
+        cache_bytes_fp8=_fp8_cache_bytes(config),
         cache_bytes_mha=cache * 2 * _heads_values(config.attention),
         cache_bytes_gqa=cache * 2 * _heads_values(config.attention, most=GQA_GROUPS),
         context=context,
@@ -160,6 +163,15 @@ def _heads_values(attention: Gqa | Mla, *, most: int | None = None) -> int:
             return heads * size
 
 
+def _fp8_cache_bytes(config: ModelConfig) -> int | None:
+    """A byte for each part of a latent, a float32 scale, the rotary part in bfloat16."""
+    match config.attention:
+        case Mla(kv_rank=latent, rope_dim=rope):
+            return config.num_layers * (latent + 4 + BF16_BYTES * rope)
+        case Gqa():
+            return None
+
+
 def _attention_flops(attention: Gqa | Mla, context: int) -> int:
     """FLOPs of one query token in one layer: scores, then the sum of values."""
     match attention:
@@ -175,12 +187,14 @@ def table(config: ModelConfig, counted: Count) -> str:
     c = counted
     groups = min(GQA_GROUPS, config.attention.num_heads)
     mtp = ("  MTP module, beside these", _short(c.mtp_parameters, "B"), "")
+    fp8 = ("  latents in FP8", f"{c.cache_bytes_fp8 or 0:,}", "float8_e4m3fn, scales")
     rows = [
         ("parameters", _short(c.parameters, "B"), "both embeddings included"),
         ("  active for a token", _short(c.active, "B"), _percent(c)),
         ("  without embedding lookup", _short(c.active_without_lookup, "B"), ""),
         *([mtp] if c.mtp_parameters else []),
         ("cache bytes a token", f"{c.cache_bytes:,}", "bfloat16"),
+        *([fp8] if c.cache_bytes_fp8 else []),
         ("  as MHA", f"{c.cache_bytes_mha:,}", _times(c.cache_bytes_mha, c)),
         (
             f"  as GQA, {groups} groups",

@@ -82,6 +82,11 @@ def test_cache_values(name):
     assert count(models.get(name)).cache_bytes == 2 * CACHE_VALUES[name]
 
 
+def test_cache_with_latents_in_fp8():
+    assert count(models.v3()).cache_bytes_fp8 == 61 * (512 + 4 + 2 * 64)
+    assert count(models.llm_67b()).cache_bytes_fp8 is None
+
+
 def test_cache_against_mha_and_gqa():
     v3 = count(models.v3())
     assert v3.cache_bytes_mha == 2 * 2 * 128 * 128 * 61

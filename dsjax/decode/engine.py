@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Key
 
 from dsjax.decode.sample import Sampling, choose
@@ -45,15 +46,19 @@ def start(
     sampling: Sampling,
     keys_B: Key[Array, " B"],
     stops: Int[Array, " S"],
+    cache_dtype: DTypeLike | None = None,
 ) -> Generation:
     """Reads prompts padded on the right and makes the first new token of every row.
 
-    slots: cache slots a row; room: how many new tokens fit; stops: ids that end a row.
+    slots: cache slots a row; room: how many new tokens fit; stops: ids that end a row;
+    cache_dtype: by default the model's; float8_e4m3fn is for latents.
     """
     graph, state = nnx.split(model)
+    dtype = jnp.dtype(model.dtype if cache_dtype is None else cache_dtype)
+    sizes = (slots, room, dtype)
     with jax.set_mesh(model.mesh):
         return _start(
-            graph, state, prompts_BT, lengths_B, slots, room, sampling, keys_B, stops
+            graph, state, prompts_BT, lengths_B, sizes, sampling, keys_B, stops
         )
 
 
@@ -76,12 +81,12 @@ def run(
         return _run(graph, state, generation, limit, sampling, keys_B, stops)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5))
-def _start(graph, state, prompts_BT, lengths_B, slots, room, sampling, keys_B, stops):
+@partial(jax.jit, static_argnums=(0, 4))
+def _start(graph, state, prompts_BT, lengths_B, sizes, sampling, keys_B, stops):
     model: Transformer = nnx.merge(graph, state)
-    batch, length = prompts_BT.shape
+    (batch, length), (slots, room, dtype) = prompts_BT.shape, sizes
     cache = empty_cache(
-        model.config, batch=batch, slots=slots, dtype=model.dtype, mesh=model.mesh
+        model.config, batch=batch, slots=slots, dtype=dtype, mesh=model.mesh
     )
     output = model.prefill(prompts_BT, lengths_B, cache)
     last_BT = jnp.arange(length) == output.cache.lengths_B[:, None] - 1

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.decode import engine
@@ -29,16 +30,19 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> list[str] | list[list[int]] | str:
     """Continues prompts, all as one batch; each stops at a stop token or at the limit.
 
     Strings give strings (the model needs a tokenizer), lists of token ids give lists of
     new ids without the stop token, one string alone gives one string. `stop_ids` are by
     default the tokenizer's end-of-sequence ids. Rows of one call do not influence each
-    other; `temperature` 0 is greedy, and only then `seed` does not matter.
+    other; `temperature` 0 is greedy, and only then `seed` does not matter. The cache has
+    the model's dtype, or `cache_dtype`: float8_e4m3fn for MLA's latents, half the bytes.
 
     Raises UserError for an empty prompt, ids outside the vocabulary, lengths beyond the
-    model's, sampling values out of range, or strings without a tokenizer.
+    model's, sampling values out of range, strings without a tokenizer, or FP8 without
+    latents.
     """
     if isinstance(prompts, str):
         (prompts,), single = [[prompts]], True
@@ -48,7 +52,8 @@ def generate(
     rows = [_encode(model, prompt) for prompt in prompts]
     if not rows:
         return []
-    batch = _Batch(model, rows, max_new_tokens, sampling, seed, stop_ids)
+    options = (sampling, seed, stop_ids, cache_dtype)
+    batch = _Batch(model, rows, max_new_tokens, *options)
     batch.run(max_new_tokens)
     new = [
         _tokenizer(model).decode(row) if isinstance(prompt, str) else row
@@ -68,6 +73,7 @@ def stream(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    cache_dtype: DTypeLike | None = None,
 ) -> Iterator[str]:
     """Pieces of the continuation as they are made; of the reply, if `chat`.
 
@@ -82,7 +88,7 @@ def stream(
         raise UserError("a system prompt needs chat")
     sampling = Sampling.checked(temperature=temperature, top_p=top_p, top_k=top_k)
     rows = [_encode(model, prompt)]
-    batch = _Batch(model, rows, max_new_tokens, sampling, seed, None)
+    batch = _Batch(model, rows, max_new_tokens, sampling, seed, None, cache_dtype)
     decoder, shown = tokenizer.stream(), 0
     while not batch.finished:
         batch.run(min(shown + STREAM_TOKENS, max_new_tokens))
@@ -103,6 +109,7 @@ class _Batch:
         sampling: Sampling,
         seed: int,
         stop_ids: Sequence[int] | None,
+        cache_dtype: DTypeLike | None,
     ):
         lengths = np.array([len(row) for row in rows], np.int32)
         _check_lengths(model, int(lengths.max()), max_new_tokens)
@@ -127,6 +134,7 @@ class _Batch:
             jnp.asarray(lengths),
             slots=-(-(padded.shape[1] + room) // SLOTS) * SLOTS,
             room=room,
+            cache_dtype=cache_dtype,
             **self._options,
         )
 

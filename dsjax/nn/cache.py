@@ -17,11 +17,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import Gqa, Mla, ModelConfig
+from dsjax.errors import UserError
 from dsjax.nn.attention import Sight
 from dsjax.nn.dropping import Dropping
 from dsjax.nn.weights import batch_axes
 from dsjax.sharding import BATCH, fit
-from pallas_kernels.mla_decode.api import append
+from pallas_kernels.mla_decode.api import E4M3, append, quantize_latents
 
 
 class Phase(enum.Enum):
@@ -68,11 +69,13 @@ class LatentCache:
     """MLA's cache: the normed latent and the rotated shared key, nothing per head.
 
     Two arrays, since one of 512 + 64 channels would be padded to 640 on a TPU; the 64
-    are not last, since they would be padded to 128.
+    are not last, since they would be padded to 128. Latents in float8_e4m3fn have a scale
+    a token; the rotary part, whose size is not bounded by a norm, stays wider.
     """
 
     latent_YBSL: Float[Array, "Y B S L"]
     rope_YBRS: Float[Array, "Y B R S"]
+    scale_YBS: Float[Array, "Y B S"] | None = None
 
     def written(
         self,
@@ -87,8 +90,12 @@ class LatentCache:
         else:
             first_B = context.positions_BT[:, 0]
             rope = append(self.rope_YBRS, rope_BTR, first_B, layer=layer)
+        scale = self.scale_YBS
+        if scale is not None:
+            latent_BTL, scale_BT = quantize_latents(latent_BTL)
+            scale = write(scale, scale_BT, layer, context)
         latent = write(self.latent_YBSL, latent_BTL, layer, context)
-        return LatentCache(latent_YBSL=latent, rope_YBRS=rope)
+        return LatentCache(latent_YBSL=latent, rope_YBRS=rope, scale_YBS=scale)
 
 
 @jax.tree_util.register_dataclass
@@ -120,7 +127,12 @@ class Cache:
 def empty_cache(
     config: ModelConfig, *, batch: int, slots: int, dtype: DTypeLike, mesh: Mesh
 ) -> Cache:
-    """An empty cache on the mesh: rows cut like the batch, kv heads along `tensor`."""
+    """An empty cache on the mesh: rows cut like the batch, kv heads along `tensor`.
+
+    In float8_e4m3fn are MLA's latents alone; the rotary part then is bfloat16. Raises
+    UserError for a model without latents.
+    """
+    dtype = jnp.dtype(dtype)
 
     def zeros(shape: tuple[int, ...], spec: P, dtype=dtype) -> Array:
         placed = NamedSharding(mesh, fit(spec, shape, mesh))
@@ -130,12 +142,16 @@ def empty_cache(
         rows = (layers, batch, slots)
         match config.attention:
             case Mla(kv_rank=latent, rope_dim=rope):
-                spec = P(None, BATCH, None, None)
+                spec, fp8 = P(None, BATCH, None, None), dtype == E4M3
+                wide = jnp.bfloat16 if fp8 else dtype
                 return LatentCache(
                     latent_YBSL=zeros((*rows, latent), spec),
-                    rope_YBRS=zeros((layers, batch, rope, slots), spec),
+                    rope_YBRS=zeros((layers, batch, rope, slots), spec, wide),
+                    scale_YBS=zeros(rows, P(*spec[:3]), jnp.float32) if fp8 else None,
                 )
             case Gqa(num_kv_heads=heads, head_dim=size):
+                if dtype == E4M3:
+                    raise UserError(f"{config.name} has no latents to keep in {dtype}")
                 spec = P(None, BATCH, None, "tensor", None)
                 shape = (*rows, heads, size)
                 return KeyValueCache(

@@ -177,6 +177,7 @@ class MultiHeadLatentAttention(nnx.Module):
             context.positions_BT[:, -1] + 1,
             layer=layer,
             scale=self.scale,
+            latent_scale_YXZ=cache.scale_YBS,
             softmax_dtype=self.precision.softmax,
         )
         return jnp.einsum("BTNL,NHL->BTNH", reshard(mix_BTNL, heads), v_up_NHL)

@@ -72,6 +72,7 @@ def _work(args: argparse.Namespace) -> Work:
         remat=remats[args.remat],
         mtp=not args.no_mtp,
         moments=jnp.dtype(args.moments),
+        cache=jnp.dtype(args.cache_dtype or "bfloat16"),
     )
 
 

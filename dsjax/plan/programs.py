@@ -43,7 +43,8 @@ class Work:
 
     `batch_per_device` sequences times the devices are the batch, whatever the mesh.
     `mtp`: train the multi-token prediction module of a model that has one. `remat` and
-    the optimizer's `moments` are those of training.
+    the optimizer's `moments` are those of training; `cache` is the dtype of what is
+    kept of a sequence, float8_e4m3fn for MLA's latents.
     """
 
     config: ModelConfig
@@ -53,6 +54,7 @@ class Work:
     remat: Remat = Remat.FULL
     mtp: bool = True
     moments: DTypeLike = jnp.bfloat16
+    cache: DTypeLike = jnp.bfloat16
 
     def __post_init__(self) -> None:
         if self.length > self.config.max_length:
@@ -157,7 +159,7 @@ def _prefill(work: Work, mesh: Mesh) -> Program:
 
     def run(model: Transformer, tokens_BT: jax.Array):
         cache = empty_cache(
-            config, batch=rows, slots=work.length, dtype=model.dtype, mesh=mesh
+            config, batch=rows, slots=work.length, dtype=work.cache, mesh=mesh
         )
         lengths_B = jnp.full((rows,), work.length, jnp.int32)
         output = model.prefill(tokens_BT, lengths_B, cache)
@@ -168,8 +170,8 @@ def _prefill(work: Work, mesh: Mesh) -> Program:
 
 
 def _decode(work: Work, mesh: Mesh) -> Program:
-    """bfloat16 weights and cache; one token a row is added to a cache of `length`, which
-    is updated in place.
+    """bfloat16 weights; one token a row is added to a cache of `length`, which is updated
+    in place.
     """
     rows = work.batch(mesh.size)
 
@@ -179,7 +181,7 @@ def _decode(work: Work, mesh: Mesh) -> Program:
 
     cache = jax.eval_shape(
         lambda: empty_cache(
-            work.config, batch=rows, slots=work.length, dtype=jnp.bfloat16, mesh=mesh
+            work.config, batch=rows, slots=work.length, dtype=work.cache, mesh=mesh
         )
     )
     cache = jax.tree.map(
@@ -214,7 +216,8 @@ def _inference(
         return run(nnx.merge(graph, state), *inputs)
 
     jitted = jax.jit(program, donate_argnums=donated)
-    names = {"parameters": "bfloat16", "compute": "bfloat16", "cache": "bfloat16"}
+    names = {"parameters": "bfloat16", "compute": "bfloat16"}
+    names["cache"] = jnp.dtype(work.cache).name
     return Program(
         traced=jitted.trace(state, *inputs.values()),
         arguments={"parameters": state, **inputs},

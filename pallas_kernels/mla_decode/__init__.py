@@ -1,5 +1,5 @@
 """Attention of a few new tokens on cached latents (MLA, absorbed)."""
 
-from pallas_kernels.mla_decode.api import append, mla_decode
+from pallas_kernels.mla_decode.api import append, mla_decode, quantize_latents
 
-__all__ = ["append", "mla_decode"]
+__all__ = ["append", "mla_decode", "quantize_latents"]

@@ -15,7 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import named, note_choice
-from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
+from pallas_kernels.mla_decode import fp8_gpu, pallas_gpu, pallas_tpu, reference
+from pallas_kernels.mla_decode.quantize import E4M3, quantize_latents
+
+__all__ = ["E4M3", "append", "mla_decode", "quantize_latents"]
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
 IMPLEMENTATIONS = ("reference", *KERNELS.values())
@@ -31,6 +34,7 @@ def mla_decode(
     layer: Int[Array, ""] | int,
     scale: float,
     pages_BP: Int[Array, "B P"] | None = None,
+    latent_scale_YXZ: Float[Array, "Y X Z"] | None = None,
     softmax_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
@@ -48,14 +52,21 @@ def mla_decode(
     slots there are. A token that sees nothing gets zeros and a log-sum-exp of -inf.
     Pages outside the cache are the caller's mistake, clipped to its first and last.
 
+    Latents may be float8_e4m3fn, with a float32 scale for each slot's, `latent_scale`,
+    as `quantize_latents` makes them: of V3, 644 bytes a token instead of 1152. Attention
+    is on latents times scales: "reference" rounds these to the dtype of queries,
+    "pallas_gpu" to float16, as it does queries, so that what is larger than 65504 is
+    lost; neither changes anything where scales are powers of two.
+
     On a mesh of Explicit axes, rows and heads may be cut, and with the rows the cache,
     unless it is paged. Results have the dtype of `q`. There is no gradient.
 
     `implementation`: "pallas_tpu" is for queries and cache of one dtype, bfloat16 or
     float32, a latent that 128 divides, of 512 at most, a rotary part that 16 divides, of
     128 at most, rows or pages of slots that 128 divides, 512 queries (T N) a row at most;
-    "pallas_gpu" for Hopper GPUs, bfloat16, a latent of 512 and a rotary part of 64, rows
-    or pages of slots that 64 divides, queries a row in equal tiles of 8, 16 .. or 64;
+    "pallas_gpu" for Hopper GPUs, bfloat16, of latents also FP8, a latent of 512 and a
+    rotary part of 64, rows or pages of slots that 64 divides, queries a row in equal
+    tiles of 8, 16 .. or 64;
     "reference" is plain JAX. None takes the kernel of the platform compiled for where it
     can, else the reference, and says so once.
 
@@ -64,28 +75,29 @@ def mla_decode(
         NotImplementedError: the kernel was named and does not take this.
     """
     _check(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, pages_BP)
+    _check_scales(latent_YXZL, latent_scale_YXZ)
     dtype = jnp.dtype(softmax_dtype)
     softmax = "" if dtype == jnp.float32 else f"a softmax in {dtype}"
+    operands = (q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ)
+    kernels, lacking = _kernels(*operands, pages_BP)
     run = _choose(
         "mla_decode",
         implementation,
         reference=functools.partial(reference.decode, scale=scale, dtype=dtype),
         kernels={
             platform: functools.partial(kernel.decode, scale=scale)
-            for platform, kernel in {"tpu": pallas_tpu, "cuda": pallas_gpu}.items()
+            for platform, kernel in kernels.items()
         },
-        lacking={
-            "tpu": softmax or pallas_tpu.lacks(q_BTNL, q_BTNR, latent_YXZL, pages_BP),
-            "cuda": softmax or pallas_gpu.lacks(q_BTNL, q_BTNR, latent_YXZL),
-        },
+        lacking={platform: softmax or why for platform, why in lacking.items()},
     )
     q, out = P(*_cut(q_BTNL)), P(*_cut(q_BTNL)[:3])
     cache, lengths, pages = _cut_cache(q[0], pages_BP)
-    run = _on_each_device(
-        run, q_BTNL, (q, q, cache, cache, lengths, P(), pages), (q, out)
-    )
-    layer = jnp.asarray(layer, jnp.int32)
-    return run(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, layer, pages_BP)
+    specs = (q, q, cache, cache, lengths, P(), pages, P(*cache[:3]))
+    operands = (*operands, lengths_B, jnp.asarray(layer, jnp.int32), pages_BP)
+    if latent_scale_YXZ is not None:
+        operands = (*operands, latent_scale_YXZ)
+    run = _on_each_device(run, q_BTNL, specs[: len(operands)], (q, out))
+    return run(*operands)
 
 
 def append(
@@ -125,6 +137,18 @@ def append(
     cache, first, pages = _cut_cache(new[0], pages_BP)
     run = _on_each_device(run, new_BTR, (cache, new, first, P(), pages), cache)
     return run(rope_YXRZ, new_BTR, first_B, jnp.asarray(layer, jnp.int32), pages_BP)
+
+
+def _kernels(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, pages_BP) -> tuple[dict, dict]:
+    """By platform: the kernel, and why it does not take these, or nothing."""
+    operands = (q_BTNL, q_BTNR, latent_YXZL)
+    if latent_YXZL.dtype == E4M3:
+        kernels = {"tpu": pallas_tpu, "cuda": fp8_gpu}
+        on_tpu = "takes no latents in float8_e4m3fn"
+        return kernels, {"tpu": on_tpu, "cuda": fp8_gpu.lacks(*operands, rope_YXRZ)}
+    kernels = {"tpu": pallas_tpu, "cuda": pallas_gpu}
+    on_tpu = pallas_tpu.lacks(*operands, pages_BP)
+    return kernels, {"tpu": on_tpu, "cuda": pallas_gpu.lacks(*operands)}
 
 
 def _choose(
@@ -191,7 +215,7 @@ def _check(q_latent, q_rope, latent, rope, lengths, pages) -> None:
         raise ValueError(f"latent and rotary cache differ, or [.., slots, R]: {shapes}")
     if size != q_latent.shape[-1]:
         raise ValueError(f"latents of queries and cache differ: {shapes}")
-    if q_latent.dtype != q_rope.dtype or latent.dtype != rope.dtype:
+    if q_latent.dtype != q_rope.dtype or latent.dtype not in (rope.dtype, E4M3):
         raise ValueError(
             f"dtypes differ: {[x.dtype.name for x in (*queries, *caches)]}"
         )
@@ -202,3 +226,16 @@ def _check(q_latent, q_rope, latent, rope, lengths, pages) -> None:
     for name, x in {"lengths": lengths, "pages": pages}.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name} of {x.dtype} are no integers")
+
+
+def _check_scales(latent, scale) -> None:
+    if (latent.dtype == E4M3) != (scale is not None):
+        given = "none" if scale is None else f"{scale.shape}"
+        raise ValueError(f"latents of {latent.dtype}, scales: {given}")
+    if scale is None:
+        return
+    if scale.shape != latent.shape[:3] or scale.dtype != jnp.float32:
+        raise ValueError(
+            f"scales of {scale.shape}, {scale.dtype}, for latents of {latent.shape}: "
+            f"not {latent.shape[:3]}, float32"
+        )

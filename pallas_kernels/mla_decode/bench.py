@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.measure import Case
-from pallas_kernels.mla_decode import mla_decode
+from pallas_kernels.mla_decode import mla_decode, quantize_latents
 from pallas_kernels.mla_decode import reference as plain
 
 L, R = 512, 64
@@ -76,6 +76,48 @@ def _case(
     )
 
 
+def _fp8_case(name: str, B: int, S: int, N: int, *, target: str) -> Case:
+    """Latents in FP8, beside the same values in a cache of bfloat16, which holds them
+    exactly.
+    """
+
+    def inputs(key):
+        keys = jax.random.split(key, 4)
+        sizes = (B, 1, N, L), (B, 1, N, R), (1, B, S, L), (1, B, R, S)
+        *queries, latent, rope = (
+            jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes)
+        )
+        codes, scale = quantize_latents(latent)
+        wide = (codes.astype(jnp.float32) * scale[..., None]).astype(jnp.bfloat16)
+        return *queries, codes, rope, jnp.full((B,), S, jnp.int32), scale, wide
+
+    def narrow(q_BTNL, q_BTNR, codes, rope, lengths_B, scale, _):
+        return mla_decode(
+            *(q_BTNL, q_BTNR, codes, rope, lengths_B),
+            layer=0,
+            scale=SCALE,
+            latent_scale_YXZ=scale,
+        )
+
+    def bfloat16(q_BTNL, q_BTNR, _, rope, lengths_B, __, wide):
+        operands = (q_BTNL, q_BTNR, wide, rope, lengths_B)
+        return mla_decode(*operands, layer=0, scale=SCALE)
+
+    def exact(q_BTNL, q_BTNR, _, rope, lengths_B, __, wide):
+        return _row_by_row(q_BTNL, q_BTNR, wide, rope, lengths_B, None, None)
+
+    return Case(
+        operation="mla_decode",
+        name=name,
+        inputs=inputs,
+        contestants={"pallas": narrow, "bfloat16": bfloat16},
+        exact=exact,
+        flops=2 * B * S * N * (L + R + L),
+        bytes=B * S * (L + 4 + 2 * R) + 2 * B * N * (L + R + L) + 4 * B * N,
+        target=target,
+    )
+
+
 def _einsum(q_BTNL, q_BTNR, latent, rope, lengths_B, pages_BP, kv_BSE):
     """Of full rows; what several new tokens do not see of each other is left in."""
     q_BTNE = jnp.concatenate([q_BTNL, q_BTNR], axis=-1)
@@ -132,4 +174,18 @@ CASES = [
         target="evenly >= 0.87x",
     ),
     _case("128 rows of 4096, pages of 64", [4096] * 128, 1, 128, page=64),
+    _fp8_case(
+        "128 rows of 4096, 16 heads, FP8 latents",
+        128,
+        4096,
+        16,
+        target=">= 1.3x bfloat16",
+    ),
+    _fp8_case(
+        "128 rows of 4096, 128 heads, FP8 latents",
+        128,
+        4096,
+        128,
+        target=">= 0.77x bfloat16",
+    ),
 ]

@@ -23,7 +23,7 @@ cache, Z slots of one, P pages of a row; M = T N queries of a row.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ from pallas_kernels.mla_decode.schedule_gpu import (
     hidden,
     share,
 )
-from pallas_kernels.mosaic import load
+from pallas_kernels.mosaic import is_hopper, load
 
 TALL = 64  # queries of a tile
 L, R = 512, 64
@@ -70,10 +70,19 @@ def lacks(
     latent_YXZL: Float[Array, "Y X Z L"],
 ) -> str:
     """Why the kernel does not take these, or nothing."""
-    _, T, N, size = q_BTNL.shape
     dtypes = {x.dtype.name for x in (q_BTNL, q_BTNR, latent_YXZL)}
     if dtypes != {"bfloat16"}:
         return f"takes bfloat16, not {', '.join(sorted(dtypes))}"
+    return lacks_sizes(q_BTNL, q_BTNR, latent_YXZL)
+
+
+def lacks_sizes(
+    q_BTNL: Float[Array, "B T N L"],
+    q_BTNR: Float[Array, "B T N R"],
+    latent_YXZL: Float[Array, "Y X Z L"],
+) -> str:
+    """The same, whatever the dtypes."""
+    _, T, N, size = q_BTNL.shape
     if (size, q_BTNR.shape[-1]) != (L, R):
         return f"takes sizes {L} and {R}, not {size} and {q_BTNR.shape[-1]}"
     if latent_YXZL.shape[2] % BLOCK:
@@ -83,14 +92,7 @@ def lacks(
     tiles = -(-T * N // TALL)
     if T * N % (8 * tiles) or tiles > SMS:
         return f"{T} tokens of {N} heads are no equal tiles of 8 to {TALL} queries"
-    return "" if _is_hopper() else "is for GPUs of Hopper's generation"
-
-
-def _is_hopper() -> bool:
-    """Whether the GPU at hand is one; without a GPU, what is compiled for is taken to be."""
-    if jax.default_backend() != "gpu":
-        return True
-    return jax.devices()[0].compute_capability.startswith("9.")
+    return "" if is_hopper() else "is for GPUs of Hopper's generation"
 
 
 def decode(
@@ -268,6 +270,8 @@ class _Kernel:
     over all its rows: the slots that they lie in alternate.
     """
 
+    registers: ClassVar[dict[str, int]] = REGISTERS
+
     sizes: _Sizes
     lengths: Any
     layer: Any
@@ -343,7 +347,7 @@ class _Kernel:
     # --- copies
 
     def copy(self) -> None:
-        _take_registers("copies")
+        _take_registers(self.registers["copies"])
         total = self.stretches(self.copy_stretch)
         if self.sizes.clustered:
             # A neighbour may still say that it has done with what came from here.
@@ -434,7 +438,7 @@ class _Kernel:
     # --- scores and weights
 
     def weigh(self) -> None:
-        _take_registers("weights")
+        _take_registers(self.registers["weights"])
         self.stretches(self.weigh_stretch)
 
     def weigh_stretch(self, stretch: _Stretch) -> None:
@@ -590,7 +594,7 @@ class _Kernel:
     # --- values
 
     def values(self, half: int) -> None:
-        _take_registers("values")
+        _take_registers(self.registers["values"])
         self.stretches(functools.partial(self.add_stretch, half))
         plgpu.wait_smem_to_gmem(0)
 
@@ -675,9 +679,8 @@ class _Kernel:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _take_registers(role: str) -> None:
-    """Of the 128 that each lane of 512 begins with."""
-    count = REGISTERS[role]
+def _take_registers(count: int) -> None:
+    """Instead of the 128 that each lane of 512 begins with."""
     action = "increase" if count > 128 else "decrease"
     plgpu.set_max_registers(count, action=action)
 

@@ -18,12 +18,14 @@ def decode(
     lengths_B: Int[Array, " B"],
     layer: Int[Array, ""],
     pages_BP: Int[Array, "B P"] | None,
+    latent_scale_YXZ: Float[Array, "Y X Z"] | None = None,
     *,
     scale: float,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
     """See `pallas_kernels.mla_decode.api`; the softmax is in `dtype`."""
-    c_BSL, k_BRS = _rows(latent_YXZL, rope_YXRZ, layer, pages_BP, q_BTNL.dtype)
+    caches = (latent_YXZL, rope_YXRZ, latent_scale_YXZ)
+    c_BSL, k_BRS = _rows(*caches, layer, pages_BP, q_BTNL.dtype)
     wide = {"preferred_element_type": dtype}
     scores_BTNS = jnp.einsum("BTNL,BSL->BTNS", q_BTNL, c_BSL, **wide)
     scores_BTNS += jnp.einsum("BTNR,BRS->BTNS", q_BTNR, k_BRS, **wide)
@@ -66,12 +68,16 @@ def append(
     return rope_YXRZ.at[layer, place_BT, :, slot_BT].set(new, mode="drop")
 
 
-def _rows(latent_YXZL, rope_YXRZ, layer, pages_BP, dtype):
-    """One layer's latents [B, S, L] and rotary keys [B, R, S]."""
-    c_XZL, k_XRZ = (
-        jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False).astype(dtype)
-        for cache in (latent_YXZL, rope_YXRZ)
-    )
+def _rows(latent_YXZL, rope_YXRZ, scale_YXZ, layer, pages_BP, dtype):
+    """One layer's latents [B, S, L], times their scales, and rotary keys [B, R, S]."""
+
+    def own(cache):
+        return jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+
+    c_XZL, k_XRZ = own(latent_YXZL), own(rope_YXRZ).astype(dtype)
+    if scale_YXZ is not None:
+        c_XZL = c_XZL.astype(jnp.float32) * own(scale_YXZ)[..., None]
+    c_XZL = c_XZL.astype(dtype)
     if pages_BP is None:
         return c_XZL, k_XRZ
     c_BPZL, k_BPRZ = (x.at[pages_BP].get(mode="clip") for x in (c_XZL, k_XRZ))

@@ -7,6 +7,7 @@ import dsjax
 from dsjax.data.tokenizer import train_bpe
 from dsjax.decode import engine
 from dsjax.decode.generate import stream
+from dsjax.errors import UserError
 from tests.support import random_model
 
 PROMPTS = [[1, 2, 3, 4], [5], list(range(20)), [9, 10, 11]]
@@ -41,6 +42,18 @@ def test_batch_equals_one_by_one(model):
     assert together == [
         dsjax.generate(model, [p], max_new_tokens=10)[0] for p in PROMPTS
     ]
+
+
+def test_fp8_latents_or_an_error():
+    """The first token is the prefill's; some of the others may differ by rounding."""
+    model = random_model("tiny_v3")
+    wide = dsjax.generate(model, PROMPTS, max_new_tokens=10)
+    fp8 = dsjax.generate(model, PROMPTS, max_new_tokens=10, cache_dtype="float8_e4m3fn")
+    assert [len(row) for row in fp8] == [10] * 4
+    assert [row[0] for row in fp8] == [row[0] for row in wide]
+    model = random_model("tiny_moe_16b")
+    with pytest.raises(UserError, match="no latents to keep in float8_e4m3fn"):
+        dsjax.generate(model, PROMPTS, max_new_tokens=2, cache_dtype="float8_e4m3fn")
 
 
 def test_stops_at_stop_ids(model):

@@ -8,10 +8,11 @@ from flax import nnx
 
 from dsjax import models
 from dsjax.config import Mla, Rope, Yarn
+from dsjax.errors import UserError
 from dsjax.nn.cache import Context, LatentCache, Phase, empty_cache
 from dsjax.nn.mla import MultiHeadLatentAttention
 from dsjax.nn.options import FLOAT32, Build
-from dsjax.sharding import Sharding
+from dsjax.sharding import BATCH, Sharding
 
 D = 64
 
@@ -75,3 +76,48 @@ def test_slots_past_the_end_are_dropped(mesh, rng):
     _, after = mla(x, context, stack, jnp.int32(1))
     changed = np.asarray((after.latent_YBSL != 7.0).any(axis=-1))
     assert np.argwhere(changed).tolist() == [[1, 1, 3]]
+
+
+def test_v3_keeps_644_bytes_of_fp8_a_token(mesh):
+    """A byte for each part of the latent, a scale, the rotary part in bfloat16."""
+    config = models.get("v3")
+    cache = empty_cache(config, batch=3, slots=8, dtype=jnp.float8_e4m3fn, mesh=mesh)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.segments))
+    assert size == 3 * 8 * 61 * (512 + 4 + 2 * 64)
+    assert cache.slots == 8
+
+
+def test_keys_and_values_of_heads_are_not_kept_in_fp8(mesh):
+    config = models.tiny_moe_16b()
+    with pytest.raises(UserError, match="no latents to keep in float8_e4m3fn"):
+        empty_cache(config, batch=1, slots=8, dtype="float8_e4m3fn", mesh=mesh)
+
+
+def decoded(config, mla, x, dtype, mesh):
+    """A prompt of 20 kept, then 4 tokens at once: what they get, and the cache."""
+    cache = empty_cache(config, batch=2, slots=24, dtype=dtype, mesh=mesh).segments[1]
+    positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
+    x, positions = (jax.device_put(a, jax.P(BATCH)) for a in (x, positions))
+    prompt = Context(positions_BT=positions[:, :20], phase=Phase.PREFILL)
+    _, cache = mla(x[:, :20], prompt, cache, jnp.int32(1))
+    new = Context(positions_BT=positions[:, 20:], phase=Phase.DECODE)
+    return mla(x[:, 20:], new, cache, jnp.int32(1))
+
+
+@pytest.mark.parametrize("wide", ["float32", "bfloat16"])
+def test_an_fp8_cache_is_as_close_as_e4m3_is(mesh, rng, wide):
+    """Each kept latent is off by at most half a step; results are, by their mean, less."""
+    mla, config = attention(None), models.tiny_v2_lite()
+    x = jnp.asarray(rng.standard_normal((2, 24, D)), jnp.float32)
+    exact, full = decoded(config, mla, x, wide, mesh)
+    found, fp8 = decoded(config, mla, x, "float8_e4m3fn", mesh)
+    assert fp8.latent_YBSL.dtype == jnp.float8_e4m3fn
+    assert fp8.rope_YBRS.dtype == jnp.bfloat16 and fp8.scale_YBS.dtype == jnp.float32
+    kept = fp8.latent_YBSL.astype(jnp.float32) * fp8.scale_YBS[..., None]
+    latent = full.latent_YBSL.astype(jnp.float32)
+    step = np.maximum(2**-4 * np.abs(latent), 2**-10 * fp8.scale_YBS[..., None])
+    rounded = 0 if wide == "float32" else 2**-8 * np.abs(latent)
+    assert (np.abs(kept - latent) <= step + rounded).all()
+    assert (kept[0] == 0).all() and (kept[1] != 0).any(-1).all()  # its own layer
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 0.002 < error < 2**-4

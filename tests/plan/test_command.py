@@ -93,6 +93,21 @@ def test_json_has_every_key_and_nothing_else_is_printed():
 
 
 @needs_libtpu
+def test_latents_in_fp8_are_counted_with_their_scales():
+    done = plan(
+        *("tiny-v3", "--topology", "v5p:2x2x1", "--mode", "decode", "--json"),
+        *("--mesh", "fsdp=2,expert=2", "--batch-per-device", "2", "--length", "256"),
+        *("--cache-dtype", "float8_e4m3fn"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["precision"]["cache"] == "float8_e4m3fn"
+    cache = found["groups_bytes"]["cache"]
+    assert cache == 2 * (4 * 256 * (32 + 4 + 8 * 2)) + 2 * 4
+    assert found["aliased_bytes"] >= cache
+
+
+@needs_libtpu
 @pytest.mark.aot
 @pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
 def test_the_report_ranks_meshes(mode):
