@@ -57,11 +57,19 @@ def main() -> None:
     parser.add_argument("work", choices=works)
     parser.add_argument("--gpus", type=int, nargs="+", default=[len(jax.devices())])
     parser.add_argument("--data", type=int, default=1, metavar="PARTS")
+    parser.add_argument(
+        "--whole-dense",
+        action="store_true",
+        help="train with weights outside the experts whole on every GPU",
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
     args = parser.parse_args()
+    if args.whole_dense and args.work != "train":
+        parser.error(f"--whole-dense is for train, not {args.work}")
     meshes = [mesh_of(gpus, args.data) for gpus in args.gpus]
-    for found in works[args.work](meshes, args.steps, tiny=args.tiny):
+    options = {"whole_dense": True} if args.whole_dense else {}
+    for found in works[args.work](meshes, args.steps, tiny=args.tiny, **options):
         print(json.dumps({"device": jax.devices()[0].device_kind} | found), flush=True)
 
 
@@ -71,10 +79,12 @@ def mesh_of(gpus: int, data: int = 1) -> Mesh:
     return make_mesh(data=data, expert=gpus // data, devices=jax.devices()[:gpus])
 
 
-def train(meshes: list[Mesh], steps: int, *, tiny: bool) -> Iterator[dict]:
+def train(
+    meshes: list[Mesh], steps: int, *, tiny: bool, whole_dense: bool = False
+) -> Iterator[dict]:
     """The step of benchmarks.train_speed, 16 sequences a GPU."""
     experiment, sequences = speed.moe_mla_2b_bf16(), 16
-    experiment = replace(experiment, whole_dense=True)
+    experiment = replace(experiment, whole_dense=whole_dense)
     if tiny:
         experiment = replace(experiment, model=small(experiment.model), length=32)
         sequences = 2
