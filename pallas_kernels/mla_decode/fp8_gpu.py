@@ -34,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mla_decode import pallas_gpu
-from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST, combine
+from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST
 from pallas_kernels.mla_decode.pallas_gpu import (
     BLOCK,
     COLUMN,
@@ -50,17 +50,14 @@ from pallas_kernels.mla_decode.pallas_gpu import (
     TILED,
     L,
     R,
-    _any_below_one,
     _Kernel,
     _quarter,
     _rows,
     _Shared,
     _Sizes,
     _Stretch,
-    _zero_behind,
 )
 from pallas_kernels.mla_decode.quantize import E4M3
-from pallas_kernels.mosaic import load
 
 PLACE = BLOCK * QUARTER * 2  # bytes of a quarter in float16
 HEADROOM = 7  # powers of 2 by which weights are larger: float16 ends at 2 ** -24
@@ -92,24 +89,12 @@ def decode(
     scale: float,
 ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
     """See `pallas_kernels.mla_decode.api`."""
-    (B, T, N, _), (Y, X, Z, _) = q_BTNL.shape, latent_YXZL.shape
-    slots = Z if pages_BP is None else Z * pages_BP.shape[1]
-    sizes = _Sizes(B, T, N, X, Z, slots, paged=pages_BP is not None, scale=scale)
-    lengths_B = lengths_B.astype(jnp.int32)
-    if pages_BP is None:
-        pages_BP = jnp.zeros((1, 1))
-    out, lse, sums, lses = _call(sizes)(
-        lengths_B,
-        jnp.asarray(layer, jnp.int32)[None],
-        pages_BP.astype(jnp.int32),
-        q_BTNL.reshape(B, T * N, L),
-        q_BTNR.reshape(B, T * N, R),
-        latent_YXZL.reshape(Y * X, Z, L),
-        rope_YXRZ.reshape(Y * X, R, Z),
-        latent_scale_YXZ.reshape(Y * X, Z),
+    return pallas_gpu.decode(
+        *(q_BTNL, q_BTNR, latent_YXZL, rope_YXRZ, lengths_B, layer, pages_BP),
+        latent_scale_YXZ,
+        scale=scale,
+        kernel=_call,
     )
-    out, lse = combine(lengths_B, out, lse, sums, lses, slots=slots, parts=sizes.parts)
-    return out.reshape(q_BTNL.shape), lse[:, :, : sizes.rows].reshape(B, T, N)
 
 
 def _call(sizes: _Sizes):
@@ -288,14 +273,8 @@ class _Fp8Kernel(_Kernel):
 
     def cached(self, stretch: _Stretch, layer, block):
         """Also the scales [64]."""
-        s, place, slot = self.sizes, stretch.row, block * BLOCK
-        if s.paged:
-            place = jnp.clip(self.pages[place, lax.div(slot, s.Z)], 0, s.X - 1)
-            slot = lax.rem(slot, s.Z)
-        place += layer
-        slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-        rope, scales = self.rope.at[place, :, slots], self.latent_scale.at[place, slots]
-        return self.latent.at[place, slots], rope, scales
+        latents, rope = super().cached(stretch, layer, block)
+        return latents, rope, self.latent_scale.at[self.spot(stretch, layer, block)]
 
     # --- scores
 
@@ -383,43 +362,9 @@ class _Fp8Kernel(_Kernel):
             if _is_ahead(self.sizes):
                 plgpu.barrier_arrive(there.free)
 
-    def add_block(self, half: int, stretch: _Stretch, step, acc):
-        shared, at, more = self.shared, lax.rem(step, 2), step + 1 < stretch.end
-        numbers = [_quarter(step, half, quarter) for quarter in range(2)]
-        latents = shared.latents.at[lax.rem(step, SLOTS), half]
+    def await_values(self, half: int, step, more) -> None:
+        """They are there: what is converted now is the next block."""
         pl.when(more)(lambda: self.convert(half, step + 1))
-        plgpu.barrier_wait(shared.weights_full.at[at])
-        left = stretch.length - (stretch.last - 1) * BLOCK
-        pl.when(~more & (left < BLOCK))(lambda: _zero_behind(latents, left))
-        factor = load(shared.factors.at[at], layout=COLUMN)
-        acc = lax.cond(
-            _any_below_one(factor) > 0,
-            lambda acc: acc * _rows(factor, acc),
-            lambda acc: acc,
-            acc,
-        )
-        if half == 1:
-            plgpu.barrier_wait(shared.turn.at[at])
-
-        def multiply(acc):
-            for quarter in range(2):
-                columns = pl.ds(quarter * QUARTER, QUARTER)
-                plgpu.wgmma(
-                    acc.at[:, columns], shared.weights.at[at], latents.at[quarter]
-                )
-            plgpu.wgmma_wait(1)
-            if half == 0:
-                plgpu.barrier_arrive(shared.turn.at[at])
-            pl.when(more)(lambda: plgpu.barrier_arrive(shared.free.at[numbers[0]]))
-
-        acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
-
-        @pl.when(more)
-        def _():
-            plgpu.barrier_arrive(shared.weights_free.at[at])
-            plgpu.barrier_arrive(shared.free.at[numbers[1]])
-
-        return acc
 
 
 def _converter(*, in_place: bool):

@@ -22,6 +22,7 @@ cache, Z slots of one, P pages of a row; M = T N queries of a row.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,17 +104,20 @@ def decode(
     lengths_B: Int[Array, " B"],
     layer: Int[Array, ""],
     pages_BP: Int[Array, "B P"] | None,
-    *,
+    *latent_scale_YXZ: Float[Array, "Y X Z"],
     scale: float,
+    kernel: Callable | None = None,
 ) -> tuple[Float[Array, "B T N L"], Float[Array, "B T N"]]:
-    """See `pallas_kernels.mla_decode.api`."""
+    """See `pallas_kernels.mla_decode.api`. `kernel` makes another kernel than this one,
+    of the same arguments and results, and of latents' scales besides.
+    """
     (B, T, N, _), (Y, X, Z, _) = q_BTNL.shape, latent_YXZL.shape
     slots = Z if pages_BP is None else Z * pages_BP.shape[1]
     sizes = _Sizes(B, T, N, X, Z, slots, paged=pages_BP is not None, scale=scale)
     lengths_B = lengths_B.astype(jnp.int32)
     if pages_BP is None:
         pages_BP = jnp.zeros((1, 1))
-    out, lse, sums, lses = _call(sizes)(
+    out, lse, sums, lses = (kernel or _call)(sizes)(
         lengths_B,
         jnp.asarray(layer, jnp.int32)[None],
         pages_BP.astype(jnp.int32),
@@ -121,6 +125,7 @@ def decode(
         q_BTNR.reshape(B, T * N, R),
         latent_YXZL.reshape(Y * X, Z, L),
         rope_YXRZ.reshape(Y * X, R, Z),
+        *(scale_YXZ.reshape(Y * X, Z) for scale_YXZ in latent_scale_YXZ),
     )
     out, lse = combine(lengths_B, out, lse, sums, lses, slots=slots, parts=sizes.parts)
     return out.reshape(q_BTNL.shape), lse[:, :, : sizes.rows].reshape(B, T, N)
@@ -421,13 +426,16 @@ class _Kernel:
         """A block's latents [64, L] and rotary keys [R, 64] in the cache, of which `layer`
         is the first place.
         """
+        place, slots = self.spot(stretch, layer, block)
+        return self.latent.at[place, slots], self.rope.at[place, :, slots]
+
+    def spot(self, stretch: _Stretch, layer, block):
+        """Where a block lies: its row or page, its slots."""
         s, place, slot = self.sizes, stretch.row, block * BLOCK
         if s.paged:
             place = jnp.clip(self.pages[place, lax.div(slot, s.Z)], 0, s.X - 1)
             slot = lax.rem(slot, s.Z)
-        place += layer
-        slots = pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
-        return self.latent.at[place, slots], self.rope.at[place, :, slots]
+        return place + layer, pl.ds(pl.multiple_of(slot, BLOCK), BLOCK)
 
     @property
     def there(self):
@@ -626,8 +634,7 @@ class _Kernel:
         shared, at, more = self.shared, lax.rem(step, 2), step + 1 < stretch.end
         numbers = [_quarter(step, half, quarter) for quarter in range(2)]
         latents = shared.latents.at[lax.rem(step, SLOTS), half]
-        for number in numbers:
-            plgpu.barrier_wait(shared.full.at[number])
+        self.await_values(half, step, more)
         plgpu.barrier_wait(shared.weights_full.at[at])
         # Slots that the row has in its last block: others may hold NaNs.
         left = stretch.length - (stretch.last - 1) * BLOCK
@@ -661,6 +668,11 @@ class _Kernel:
             plgpu.barrier_arrive(shared.free.at[numbers[1]])
 
         return acc
+
+    def await_values(self, half: int, step, more) -> None:
+        """Until a block's half of the columns is there; `more` blocks come."""
+        for quarter in range(2):
+            plgpu.barrier_wait(self.shared.full.at[_quarter(step, half, quarter)])
 
     def store(self, half: int, stretch: _Stretch, acc) -> None:
         """Through the place of the last block, which is free after that."""
