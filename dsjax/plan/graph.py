@@ -286,9 +286,19 @@ def _alive(block: Block, wanted: Sequence[bool]) -> tuple[Block, list[bool]]:
     return alive, [value in needed for value in block.inputs]
 
 
+def _of_one_rank(outside: Sequence[Value], inside: Sequence[Value]) -> int:
+    """How many values have as many axes on both sides."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(a.shape) == len(b.shape) for a, b in pairs)
+
+
 def _alive_scan(op: Op, needed: set[Value]) -> tuple[Op, list[Value]]:
     """A carry is wanted if it is wanted after the loop, or by the next iteration."""
-    consts, carries = op.params["num_consts"], op.params["num_carry"]
+    # Told by ranks, since JAX has changed how it says it: what the loop goes over and what
+    # it stacks has an axis more outside.
+    (body,) = op.bodies
+    carries = _of_one_rank(op.outputs, body.outputs)
+    consts = _of_one_rank(op.inputs, body.inputs) - carries
     wanted = [value in needed for value in op.outputs]
     while True:
         body, used = _alive(op.bodies[0], wanted)
