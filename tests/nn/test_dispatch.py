@@ -91,20 +91,30 @@ def found(chosen_Nk, config: Moe, sizes: dict[str, int]):
         return jax.jit(many)(jnp.asarray(chosen_Nk), *operands())
 
 
+CASES = [
+    ("random", FREE, 1),
+    ("one device", FREE, 3),
+    ("one expert", FREE, 1),
+    ("dropped", FREE, 1),
+    ("grouped", GROUPED, 1),
+]
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "config", "least"),
+    ("data", "name", "config", "least"),
     [
-        ("random", FREE, 1),
-        ("one device", FREE, 3),
-        ("one expert", FREE, 1),
-        ("dropped", FREE, 1),
-        ("grouped", GROUPED, 1),
+        pytest.param(
+            data,
+            *case,
+            id=f"{case[0]}-{data}",
+            marks=pytest.mark.slow if data == 1 and number > 1 else (),
+        )
+        for data in (1, 2)
+        for number, case in enumerate(CASES)
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_sums_and_gradients(name, config, least, data, chunks, monkeypatch):
+def test_sums_and_gradients(data, name, config, least, chunks, monkeypatch):
     """`least` rounds; rows in all at once and in chunks. Of eight devices, free rows go
     to all of four, but not to all of eight.
     """
