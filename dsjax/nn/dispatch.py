@@ -5,7 +5,7 @@ and affinities beside it; there it fans out to those experts, and their weighted
 back. V2's device-limited and V3's node-limited routing bound the number of devices (V2,
 section 2.2.2; V3, section 2.1.2). Where they do not, and each device may be needed by
 each token, all rows go to all devices: about as many, with nothing to plan, by collectives
-of fixed sizes. So they do between the GPUs of a host.
+of fixed sizes. So they do between the GPUs of a host, and never between TPUs.
 
 Shapes are static and no row is lost, whatever the routing. A device has room for SLACK
 times the rows that even routing brings; what does not fit waits for a further round, and
@@ -94,14 +94,17 @@ def destinations(config: Moe, devices: int) -> int:
 
 
 def go_to_all(config: Moe, devices: int) -> bool:
-    """Whether rows go to all devices of the axis: if each may have to; and between GPUs
-    of one host, where links are quick and XLA's uneven exchange is not
-    (benchmarks/gpus.md).
+    """Whether rows go to all devices of the axis: if each may have to, but on TPUs, which
+    exchange uneven numbers by themselves; and between GPUs of one host, whose links are
+    quick and XLA's uneven exchange is not (benchmarks/gpus.md).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    is_gpu = device is not None and device.platform == "gpu"
-    most = destinations(config, devices)
-    return most == devices or (is_gpu and devices <= GPUS_OF_A_HOST)
+    match device and device.platform:
+        case "tpu":
+            return False
+        case "gpu" if devices <= GPUS_OF_A_HOST:
+            return True
+    return destinations(config, devices) == devices
 
 
 def _chunks(rows: int, row_bytes: int, expert_rows: float) -> int:

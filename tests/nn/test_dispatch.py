@@ -141,10 +141,16 @@ def test_destinations_of_v3(devices, most):
 
 @pytest.mark.parametrize(
     ("platform", "devices", "to_all"),
-    [("tpu", 4, True), ("tpu", 8, False), ("gpu", 8, True), ("gpu", 16, False)],
+    [
+        ("tpu", 4, False),
+        ("cpu", 4, True),
+        ("cpu", 8, False),
+        ("gpu", 8, True),
+        ("gpu", 16, False),
+    ],
 )
 def test_rows_of_v3_go_to_all(platform, devices, to_all, monkeypatch):
-    """Where a token may need each device, and between the GPUs of a host."""
+    """Where a token may need each device, but on TPUs; and between the GPUs of a host."""
     (moe,) = {segment.feed_forward for segment in models.v3().segments[1:]}
     device = SimpleNamespace(platform=platform)
     mesh = SimpleNamespace(abstract_device=device)
