@@ -248,7 +248,9 @@ def test_training(name, sizes, expected):
         np.testing.assert_array_equal(got, load_LE)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes", [pytest.param({"data": 2}, marks=pytest.mark.slow), {"fsdp": 2}], ids=str
+)
 def test_training_with_whole_dense_weights(axes, expected):
     """Only weights of the experts are cut along `expert`."""
     sizes = {"expert": DEVICES // 2, **axes}
