@@ -6,10 +6,12 @@ Scales are powers of two, with which bfloat16 holds every dequantised value exac
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # beyond it e4m3 has only NaN
+MANTISSA, BIAS = 23, 127  # of a float32: bits, and what its exponent is stored with
 EXPONENTS = -100, 119  # of scales: they and their inverses are no subnormals
 
 
@@ -23,9 +25,14 @@ def quantize_latents(
     largest 2^-17, whichever is more.
     """
     x = x.astype(jnp.float32)
-    # largest / 448 = fraction * 2^exponent, with a fraction of 1/2 to 1.
-    fraction, exponent = jnp.frexp(jnp.abs(x).max(-1) / LARGEST)
-    exponent = jnp.where(fraction == 0.5, exponent - 1, exponent)
-    exponent = jnp.clip(exponent, *EXPONENTS)
-    scale = jnp.ldexp(jnp.float32(1), exponent)
-    return jnp.ldexp(x, -exponent[..., None]).astype(E4M3), scale
+    largest = jnp.abs(x).max(-1) / LARGEST
+    # The exponent of the power of two that is this or the next above, from its bits.
+    bits = lax.bitcast_convert_type(largest, jnp.int32)
+    exponent = (bits >> MANTISSA) - BIAS + (bits & ((1 << MANTISSA) - 1) > 0)
+    exponent = jnp.where(largest > 0, jnp.clip(exponent, *EXPONENTS), 0)
+    inverse = _power_of_two(-exponent)
+    return (x * inverse[..., None]).astype(E4M3), _power_of_two(exponent)
+
+
+def _power_of_two(exponent: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    return lax.bitcast_convert_type((exponent + BIAS) << MANTISSA, jnp.float32)
