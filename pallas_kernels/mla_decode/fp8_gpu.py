@@ -24,7 +24,6 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -56,6 +55,7 @@ from pallas_kernels.mla_decode.pallas_gpu import (
     _Shared,
     _Sizes,
     _Stretch,
+    launched,
 )
 from pallas_kernels.mla_decode.quantize import E4M3
 
@@ -99,7 +99,6 @@ def decode(
 
 def _call(sizes: _Sizes):
     """The kernel, of arguments and results as `decode` has them."""
-    s, tiles, places = sizes, sizes.tiles, 2 * sizes.parts
 
     def kernel(*refs):
         *arguments, latent_scale = refs[:8]
@@ -109,7 +108,7 @@ def _call(sizes: _Sizes):
             latents, results, codes, scales, places = shared.latents
             q, q_rope = shared.q, shared.q_rope
             q, q_narrow, (q_bytes, *ahead) = q
-            if _is_ahead(s):
+            if _is_ahead(sizes):
                 (codes,) = ahead
                 q_rope, (_, scales) = q_rope
             _Fp8Kernel(
@@ -129,35 +128,11 @@ def _call(sizes: _Sizes):
                 taken=taken,
             ).run()
 
-        types = _shared_types(s)
+        types = _shared_types(sizes)
         pl.run_scoped(run, *types, collective_axes="warpgroup")
 
-    grid: dict[str, Any] = dict(grid=(tiles, s.parts), grid_names=("tile", "part"))
-    if s.clustered:
-        grid |= dict(grid=(tiles // 2, s.parts), cluster=(2,), cluster_names=("pair",))
-    queries = s.B * s.T * s.N
-    return pl.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((s.B, s.T * s.N, L), jnp.bfloat16),
-            jax.ShapeDtypeStruct((s.B, tiles, TALL), jnp.float32),
-            jax.ShapeDtypeStruct((places, tiles, TALL, L), jnp.float32),
-            jax.ShapeDtypeStruct((places, tiles, TALL), jnp.float32),
-        ),
-        mesh=plgpu.Mesh(**grid, num_threads=4, thread_name="warpgroup"),
-        name="mla_decode_fp8",
-        cost_estimate=pl.CostEstimate(  # of full rows
-            flops=2 * s.slots * queries * (L + R + L),
-            transcendentals=s.slots * queries,
-            bytes_accessed=s.B * s.slots * (L + 4 + 2 * R) + 2 * queries * (L + R + L),
-        ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=1024,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # there is one wherever one is needed
-        ),
-    )
+    slot_bytes = L + 4 + 2 * R
+    return launched(kernel, sizes, name="mla_decode_fp8", slot_bytes=slot_bytes)
 
 
 def _is_ahead(sizes: _Sizes) -> bool:

@@ -211,15 +211,22 @@ class _Shared(NamedTuple):
 
 def _call(sizes: _Sizes):
     """The kernel, of arguments and results as `_Kernel` has them."""
-    s, tiles, places = sizes, sizes.tiles, 2 * sizes.parts
 
     def kernel(*refs):
         def run(*shared):
             _Kernel(sizes, *refs, _Shared(*shared)).run()
 
-        shared = _Shared.types(clustered=s.clustered)
+        shared = _Shared.types(clustered=sizes.clustered)
         pl.run_scoped(run, *shared, collective_axes="warpgroup")
 
+    return launched(kernel, sizes, name="mla_decode", slot_bytes=2 * (L + R))
+
+
+def launched(kernel: Callable, sizes: _Sizes, *, name: str, slot_bytes: int):
+    """A kernel on its grid, with the results that `_Kernel` writes; a slot of the cache
+    has so many bytes.
+    """
+    s, tiles, places = sizes, sizes.tiles, 2 * sizes.parts
     grid: dict[str, Any] = dict(grid=(tiles, s.parts), grid_names=("tile", "part"))
     if s.clustered:
         grid |= dict(grid=(tiles // 2, s.parts), cluster=(2,), cluster_names=("pair",))
@@ -233,11 +240,11 @@ def _call(sizes: _Sizes):
             jax.ShapeDtypeStruct((places, tiles, TALL), jnp.float32),
         ),
         mesh=plgpu.Mesh(**grid, num_threads=4, thread_name="warpgroup"),
-        name="mla_decode",
+        name=name,
         cost_estimate=pl.CostEstimate(  # of full rows
             flops=2 * s.slots * queries * (L + R + L),
             transcendentals=s.slots * queries,
-            bytes_accessed=2 * s.B * s.slots * (L + R) + 2 * queries * (L + R + L),
+            bytes_accessed=s.B * s.slots * slot_bytes + 2 * queries * (L + R + L),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
