@@ -116,8 +116,9 @@ class Contestant(NamedTuple):
 
 
 def run_case(prepared: Prepared, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
-    """A row for each contestant, ours first. They take turns, since clocks follow the
-    GPU's power and temperature: a ratio is the median of those of single turns.
+    """A row for each contestant, ours first. They take turns, another one first each
+    time, since clocks follow the GPU's power and temperature: a ratio is the median of
+    those of single turns.
     """
     case = prepared.case
     operands = prepared.inputs(key)
@@ -148,8 +149,12 @@ def _take_turns(
     """By contestant: error, milliseconds of each turn, or why it could not."""
     failed = {who: why for who, why in contestants.items() if isinstance(why, str)}
     errors, times = {}, {who: [] for who in contestants}
+    order = [who for who in contestants if who not in failed]
     for turn in range(1 + ROUNDS):
-        for who in [who for who in contestants if who not in failed]:
+        first = turn % max(len(order), 1)
+        for who in order[first:] + order[:first]:
+            if who in failed:
+                continue
             try:
                 if turn:
                     times[who].append(contestants[who].ms())

@@ -5,6 +5,7 @@ computes it, and what it takes at least.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from jaxtyping import Array
 Operands = tuple[Array, ...]
 REPEATS = 10  # calls in a row
 ROUNDS = 5  # turns of each contestant
+WARM_UP = 0.1  # seconds of its own work before each: clocks follow what ran before
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def device_ms(run: Callable, *operands: Array, repeats: int = REPEATS) -> float:
     """
     from jax.experimental.mosaic.gpu import profiler
 
-    jax.block_until_ready(run(*operands))
+    warm_up(lambda: jax.block_until_ready(run(*operands)))
     _, times = profiler.measure(run, iterations=repeats)(*operands)
     return statistics.median(times)
 
@@ -54,8 +56,11 @@ def torch_ms(run: Callable, *operands, repeats: int = REPEATS) -> float:
     """The same for a function of PyTorch tensors, by CUDA events around each call."""
     import torch
 
-    for _ in range(3):
+    def once() -> None:
         run(*operands)
+        torch.cuda.synchronize()
+
+    warm_up(once)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
     for begin, end in zip(marks[::2], marks[1::2]):
         begin.record()
@@ -64,6 +69,14 @@ def torch_ms(run: Callable, *operands, repeats: int = REPEATS) -> float:
     torch.cuda.synchronize()
     pairs = zip(marks[::2], marks[1::2])
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def warm_up(once: Callable[[], object]) -> None:
+    """Calls it for WARM_UP seconds, at least once."""
+    end = time.perf_counter() + WARM_UP
+    once()
+    while time.perf_counter() < end:
+        once()
 
 
 def poison(shapes) -> None:
