@@ -4,6 +4,7 @@
 computes it, and what it takes at least.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ Operands = tuple[Array, ...]
 REPEATS = 10  # calls in a row
 ROUNDS = 5  # turns of each contestant
 WARM_UP = 0.1  # seconds of its own work before each: clocks follow what ran before
+MOST_CALLS = 300  # of them
 
 
 @dataclass(frozen=True)
@@ -42,41 +44,54 @@ class Case:
 
 
 def device_ms(run: Callable, *operands: Array, repeats: int = REPEATS) -> float:
-    """Milliseconds that the kernels of one call take on the GPU: the median of several,
-    by CUPTI, so without the host's part. `run` is compiled.
+    """Milliseconds that the kernels of one call take on the GPU: `kernels_ms` of a
+    compiled JAX function.
     """
-    from jax.experimental.mosaic.gpu import profiler
+    last = None
 
-    warm_up(lambda: jax.block_until_ready(run(*operands)))
-    _, times = profiler.measure(run, iterations=repeats)(*operands)
-    return statistics.median(times)
+    def once() -> None:
+        nonlocal last
+        last = run(*operands)
+
+    return kernels_ms(once, lambda: jax.block_until_ready(last), repeats)
 
 
 def torch_ms(run: Callable, *operands, repeats: int = REPEATS) -> float:
-    """The same for a function of PyTorch tensors, by CUDA events around each call."""
+    """The same for a function of PyTorch tensors."""
     import torch
 
-    def once() -> None:
-        run(*operands)
-        torch.cuda.synchronize()
-
-    warm_up(once)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
-    for begin, end in zip(marks[::2], marks[1::2]):
-        begin.record()
-        run(*operands)
-        end.record()
-    torch.cuda.synchronize()
-    pairs = zip(marks[::2], marks[1::2])
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+    return kernels_ms(lambda: run(*operands), torch.cuda.synchronize, repeats)
 
 
-def warm_up(once: Callable[[], object]) -> None:
-    """Calls it for WARM_UP seconds, at least once."""
-    end = time.perf_counter() + WARM_UP
-    once()
-    while time.perf_counter() < end:
+def kernels_ms(once: Callable, wait: Callable, repeats: int = REPEATS) -> float:
+    """Milliseconds that the kernels launched by one call of `once` take, by CUPTI, so
+    without the host's part: the median of `repeats` calls that follow WARM_UP seconds
+    of the same without a pause, for the state that the clocks come to. `wait` returns
+    when all is done.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    for _ in range(2):  # the first one may load the kernels
+        begun = time.perf_counter()
         once()
+        wait()
+    before = math.ceil(WARM_UP / (time.perf_counter() - begun))
+    calls = min(before, MOST_CALLS) + repeats
+    cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        for _ in range(calls):
+            once()
+        wait()
+    finally:
+        times = cupti._cupti_get_timings(True)
+    each, others = divmod(len(times), calls)
+    if others or not each:
+        raise RuntimeError(f"{len(times)} kernels of {calls} calls")
+    sums = [
+        sum(ms for _, ms in times[i : i + each]) for i in range(0, len(times), each)
+    ]
+    return statistics.median(sums[-repeats:])
 
 
 def poison(shapes) -> None:

@@ -1,11 +1,14 @@
 """The benchmark's table, on cases of our own and with a clock of our own."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import bench
-from pallas_kernels.measure import Case, relative_error
+from pallas_kernels.measure import Case, kernels_ms, relative_error
 
 CEILINGS = bench.Ceilings(bfloat16=8e14, float8=16e14, read=4e12)
 
@@ -47,6 +50,45 @@ def test_rows_have_errors_rates_and_what_failed(monkeypatch):
     assert ours.note == ">= 1x half" and not half.note
     assert failed.ms is None and "no such shape" in failed.note
     assert "no such shape" in bench.table([ours, half, failed], CEILINGS)
+
+
+class Cupti:
+    """Two kernels a call, of 1 and 2 ms, and quicker ones before the clocks have settled."""
+
+    def __init__(self):
+        self.calls, self.on = 0, False
+
+    def once(self):
+        self.calls += self.on
+
+    def _cupti_init(self):
+        self.on = True
+
+    def _cupti_get_timings(self, finalize):
+        settled = [call >= self.calls - 3 for call in range(self.calls)]
+        return [(name, ms / (1 if s else 2)) for s in settled for name, ms in KERNELS]
+
+
+KERNELS = [("one", 1.0), ("other", 2.0)]
+
+
+@pytest.fixture
+def cupti(monkeypatch):
+    cupti = Cupti()
+    library = SimpleNamespace(_mosaic_gpu_ext=cupti)
+    monkeypatch.setattr(profiler, "mosaic_gpu_lib", library)
+    return cupti
+
+
+def test_a_time_is_that_of_the_last_calls_kernels(cupti):
+    assert kernels_ms(cupti.once, lambda: None, repeats=3) == 3.0
+    assert cupti.calls > 3
+
+
+def test_kernels_that_are_not_the_same_each_time_are_an_error(cupti, monkeypatch):
+    monkeypatch.setattr(cupti, "_cupti_get_timings", lambda _: [("one", 1.0)])
+    with pytest.raises(RuntimeError, match="1 kernels of"):
+        kernels_ms(cupti.once, lambda: None)
 
 
 def test_relative_error():
