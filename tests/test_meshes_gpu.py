@@ -57,15 +57,15 @@ def loss_and_gradients(graph, state):
     return jax.value_and_grad(total)(state)
 
 
-def run(**mesh) -> tuple[float, dict[str, np.ndarray]]:
+def run(compute=jnp.bfloat16, **mesh) -> tuple[float, dict[str, np.ndarray]]:
     abstract = Transformer.abstract(
         config(),
         mesh=make_mesh(**mesh),
-        precision=Precision(params=jnp.bfloat16),
+        precision=Precision(compute=compute, params=jnp.bfloat16),
         remat=Remat.V3,
     )
     model = fill(abstract, std=0.03)
-    with jax.set_mesh(model.mesh):
+    with jax.set_mesh(model.mesh), jax.default_matmul_precision("highest"):
         loss, gradients = jax.device_get(loss_and_gradients(*nnx.split(model)))
     return float(loss), {
         ".".join(map(str, path)): variable.get_value().astype(np.float32)
@@ -74,15 +74,35 @@ def run(**mesh) -> tuple[float, dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def expected():
-    return run(devices=jax.devices()[:1])
+def exact():
+    return run(jnp.float32, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def alone(exact):
+    return errors(run(devices=jax.devices()[:1]), exact)
+
+
+def errors(found, exact) -> dict[str, float]:
+    """Relative ones, of the loss and of every gradient."""
+    (loss, gradients), (exact_loss, exact_gradients) = found, exact
+    of_gradients = {
+        path: np.linalg.norm(gradients[path] - wanted) / np.linalg.norm(wanted)
+        for path, wanted in exact_gradients.items()
+    }
+    return {"loss": abs(loss / exact_loss - 1)} | of_gradients
 
 
 @pytest.mark.parametrize("data", [1, 2])
-def test_training(data, expected):
-    """Rounding aside: a router's close calls may fall the other way."""
-    loss, gradients = run(data=data, expert=GPUS // data)
-    assert loss == pytest.approx(expected[0], rel=1e-3)
-    for path, wanted in expected[1].items():
-        error = np.linalg.norm(gradients[path] - wanted) / np.linalg.norm(wanted)
-        assert error < 0.03, (path, error)
+def test_training(data, exact, alone):
+    """In bfloat16, a router's close calls fall one way or the other: so several GPUs are
+    as far from float32 as one is, rather than near each other.
+    """
+    assert alone["loss"] < 1e-3 and max(alone.values()) < 0.1, alone
+    found = errors(run(data=data, expert=GPUS // data), exact)
+    wrong = {
+        path: (error, alone[path])
+        for path, error in found.items()
+        if error > max(1.1 * alone[path], 1e-3)
+    }
+    assert not wrong
