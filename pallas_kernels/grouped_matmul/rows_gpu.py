@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
     Ring,
+    back_and_forth,
     call,
     chunks,
     padded,
@@ -139,7 +140,7 @@ def multiply_rows(
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
-            run(block, block.down * plan.across, tiles.blocks)
+            run(block, tiles.blocks)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
@@ -167,6 +168,7 @@ class _Rows:
         fields = len(Schedule._fields)
         self.schedule = Schedule(*refs[:fields])
         self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
+        self.order = back_and_forth(self.down * plan.across, plan.tiles.blocks)
         self.first_matrix = refs[fields]
         refs, self.ys = refs[fields + 1 : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]

@@ -76,7 +76,7 @@ def swiglu_gradient(
     def kernel(*refs):
         def scope(*buffers):
             block = _SwigluGradient(plan, refs, *buffers)
-            run(block, block.down * plan.across, tiles.blocks)
+            run(block, tiles.blocks)
 
         pl.run_scoped(
             scope,

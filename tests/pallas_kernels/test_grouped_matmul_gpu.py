@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
 )
+from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     by_size,
     place,
@@ -73,6 +74,18 @@ def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, 
     expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
     np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
     assert groups == sorted(groups)
+
+
+@pytest.mark.parametrize("tiles", [0, 3, 5, 12, 15, 19])
+def test_back_and_forth_every_tile_is_done_once(tiles):
+    clusters, done = 5, []
+    for cluster in range(clusters):
+        order = BackAndForth(tiles, tiles // clusters, clusters, cluster)
+        state, count = order.first()
+        mine = [int(order.following(wave, state)[0]) for wave in range(int(count))]
+        assert all(index // clusters == wave for wave, index in enumerate(mine))
+        done += mine
+    assert sorted(done) == list(range(tiles))
 
 
 @each_sizes
