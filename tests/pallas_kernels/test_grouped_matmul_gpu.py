@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
 )
+from pallas_kernels.grouped_matmul.items_gpu import Items, most_items, schedule_items
 from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     by_size,
@@ -74,6 +75,75 @@ def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, 
     expected = np.repeat(range(len(sizes) + 1), [*sizes, surplus[1]])
     np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
     assert groups == sorted(groups)
+
+
+@functools.partial(jax.jit, static_argnums=range(1, 6))
+def all_items(sizes, rows, unit, across, band, clusters):
+    """In the order of each cluster: places in the table, groups and items; and how many
+    a cluster does, and there are of each kind.
+    """
+    table = schedule_items(sizes, rows, unit, across)
+    grid = table, rows, sizes.shape[0], unit, across, band, clusters
+
+    def each(cluster):
+        items = Items(*grid, cluster)
+
+        def one(state, done):
+            index, state = items.following(done, state)
+            return state, (index, *items.item(index))
+
+        state, count = items.first()
+        return count, jax.lax.scan(one, state, jnp.arange(longest))[1]
+
+    longest = sum(most_items(rows, sizes.shape[0], unit, across)) // clusters + 2
+    count, found = jax.vmap(each)(jnp.arange(clusters))
+    return *found, count, Items(*grid, 0).counts
+
+
+def random_sizes(count, groups=8):
+    """As in SIZES, and many more: some groups empty, some not of whole units, and mostly
+    some rows of no group.
+    """
+    rng = np.random.default_rng(0)
+    yield from (np.pad(sizes, (0, groups - len(sizes))) for sizes in SIZES.values())
+    for _ in range(count):
+        shares = rng.dirichlet([rng.choice([0.2, 1, 10])] * (groups + 1))
+        yield rng.multinomial(M, shares)[:groups]
+
+
+@pytest.mark.parametrize("across", [1, 2, 7, 16])
+@pytest.mark.parametrize(("unit", "band"), [(64, 8), (64, 2), (128, 1)])
+def test_every_row_is_in_one_item_of_each_column(across, unit, band):
+    for sizes in random_sizes(40):
+        found = jax.tree.map(np.asarray, all_items(sizes, M, unit, across, band, 5))
+        _, groups, items, counts, total = found
+        most = most_items(M, len(sizes), unit, across)
+        assert total.full <= most.full and total.short <= most.short
+        assert counts.sum() == sum(total)
+        owner = np.full((M, across), -1)
+        for which in np.argwhere(np.arange(groups.shape[1]) < counts[:, None]):
+            row, rows, column, wide = (field[tuple(which)] for field in items)
+            here = owner[row : row + rows, column : column + 1 + wide]
+            assert here.shape == (rows, 1 + wide)
+            assert 0 < rows <= (2 if wide else 4) * unit
+            assert (here == -1).all()
+            here[:] = groups[tuple(which)]
+        expected = np.repeat(range(len(sizes) + 1), [*sizes, M - sum(sizes)])
+        np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
+
+
+def test_clusters_have_as_much_to_do_and_groups_stay_together():
+    rows, groups, clusters, across = 24576, 64, 66, 11
+    shares = np.random.default_rng(0).dirichlet([5.0] * groups)
+    sizes = np.diff(np.round(np.cumsum(shares) * rows).astype(int), prepend=0)
+    found = all_items(jnp.asarray(sizes), rows, 64, across, 8, clusters)
+    index, group, _, counts, _ = jax.tree.map(np.asarray, found)
+    real = np.arange(index.shape[1]) < counts[:, None]
+    cost = np.where(index < most_items(rows, groups, 64, across).full, 1.0, 0.5) * real
+    assert cost.sum(1).max() - cost.sum(1).mean() < 1
+    ends = np.cumsum(cost, 1)
+    for each in range(groups):  # of about 20 items, while 66 are done at once
+        assert np.ptp(ends[real & (group == each)]) <= 2.5
 
 
 @pytest.mark.parametrize("tiles", [0, 3, 5, 12, 15, 19])
