@@ -17,6 +17,8 @@ from pallas_kernels.grouped_matmul import (
 from pallas_kernels.grouped_matmul.items_gpu import Items, most_items, schedule_items
 from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
+    LARGE,
+    LONG,
     by_size,
     place,
     place_by_group,
@@ -196,8 +198,24 @@ def test_blocks_share_matrices_of_small_and_of_large_groups():
 
     sizes = 2**13, 2**15, 2**17
     assert [tiles(rows, 1024).pair for rows in sizes] == [True, False, True]
-    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, False]
+    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, True]
     assert [tiles(rows, 1024).by_group for rows in sizes] == [True, True, False]
+
+
+def test_items_are_of_large_groups_with_long_rows():
+    def items(rows, inner, outer=512, turned=True):
+        return row_tiles(rows, 8, outer, inner, turned=turned).items
+
+    assert [items(2**15, inner) for inner in (2048, 4096, 7168)] == [False, True, True]
+    assert [items(rows, 7168) for rows in (2**10, 2**12, 2**13)] == [False, False, True]
+    assert not items(2**15, 7168, outer=896, turned=False)  # tiles of 256 rows
+    takes = [
+        row_tiles(rows_of(groups), groups, *SHAPES[groups], turned=True).items
+        for groups in SHAPES
+    ]
+    assert takes == [groups == 7 for groups in SHAPES]
+    N, K = SHAPES[8]
+    assert row_tiles(rows_of(8), 8, K, N, turned=False).items
 
 
 def test_blocks_share_x_where_no_tile_is_left_over():
@@ -277,12 +295,14 @@ aot = pytest.mark.aot
         ("product", DOWN, "float32"),
         ("swiglu", UP, "float32"),
         ("feed_forward", UP, "bfloat16"),
+        ("feed_forward", (32768, 8, 4096, 7168), "bfloat16"),  # items
         ("decode", (64, 128, 1024, 1024), "bfloat16"),
         pytest.param("product", UP, "bfloat16", marks=aot),
         pytest.param("swiglu", DOWN, "bfloat16", marks=aot),
         # an expert-parallel slice of V3, V3 on one device, V2-Lite, and sizes that no
         # tile divides
         pytest.param("product", (32768, 8, 4096, 7168), "bfloat16", marks=aot),
+        pytest.param("swiglu", (32768, 8, 4096, 7168), "bfloat16", marks=aot),
         pytest.param("product", (32768, 256, 4096, 7168), "bfloat16", marks=aot),
         pytest.param("product", (24576, 64, 2816, 2048), "bfloat16", marks=aot),
         pytest.param("swiglu", (24576, 64, 1408, 2048), "bfloat16", marks=aot),
@@ -305,7 +325,8 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
 
 
 # Rows a group decide which blocks share matrices: small, medium and large groups. Two
-# have sizes of one line. Groups: N, K.
+# have sizes of one line; two large ones have long rows, of x or of dy, and an odd number
+# of tiles across. Groups: N, K.
 SHAPES = {
     16: (256, 384),
     4: (192, 320),
@@ -313,16 +334,24 @@ SHAPES = {
     2: (200, 104),
     5: (896, 64),
     6: (64, 704),
+    7: (768, 4096),
+    8: (4096, 768),
 }
+
+
+def rows_of(groups):
+    """M where rows are short; where they are long, enough for groups to be large."""
+    return LARGE * groups if max(SHAPES[groups]) >= LONG else M
 
 
 def uneven_sizes(groups):
     """By name: what is to be right for any."""
-    rng = np.random.default_rng(groups)
-    shares = rng.multinomial(M, rng.dirichlet([2.0] * groups))
+    rng, rows = np.random.default_rng(groups), rows_of(groups)
+    shares = rng.multinomial(rows, rng.dirichlet([2.0] * groups))
     return {
         "uneven": shares,
-        "one has all": np.eye(groups, dtype=int)[-1] * M,
+        "an empty one": np.where(np.arange(groups) == 1, 0, shares),
+        "one has all": np.eye(groups, dtype=int)[-1] * rows,
         "tiny ones": np.arange(groups) % 8,
         "exact tiles": np.full(groups, 128),
         "one more": np.full(groups, 65),
@@ -334,10 +363,11 @@ def uneven_sizes(groups):
 def operands(groups, surplus_from, weights=jnp.bfloat16):
     """x, gate, up, dy, scale; what surplus rows hold is not to matter."""
     (N, K), rng = SHAPES[groups], np.random.default_rng(groups)
-    shapes = (M, K), (groups, N, K), (groups, N, K), (M, N)
+    rows = rows_of(groups)
+    shapes = (rows, K), (groups, N, K), (groups, N, K), (rows, N)
     x, gate, up, dy = (rng.standard_normal(shape) for shape in shapes)
     x[surplus_from:], dy[surplus_from:] = np.nan, np.nan
-    scale = jnp.asarray(rng.random(M), jnp.float32)
+    scale = jnp.asarray(rng.random(rows), jnp.float32)
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, dy))
     gate, up = (jnp.asarray(w / 16, jnp.bfloat16).astype(weights) for w in (gate, up))
     return x, gate, up, dy, scale
@@ -413,14 +443,16 @@ def test_gradient_of_float32_weights_is_not_rounded_on_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("groups", "keep_result"), [(16, False), (4, True), (2, True)])
+@pytest.mark.parametrize(
+    ("groups", "keep_result"), [(16, False), (4, True), (2, True), (7, True), (8, True)]
+)
 def test_swiglu_equals_float32_on_the_gpu(groups, keep_result):
     run, alone = (
         functools.partial(swiglu, keep_result),
         jax.jit(swiglu, static_argnums=0),
     )
     for sizes in uneven_sizes(groups).values():
-        x, gate, up, dh, scale = operands(groups, M)
+        x, gate, up, dh, scale = operands(groups, rows_of(groups))
         expected = swiglu_by_hand(*wide(x, gate, up, dh, scale), sizes)
         operand, sizes = (x, gate, up, scale), jnp.asarray(sizes)
         check([alone(False, sizes, *operand)], expected[:1])
