@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from pallas_kernels.grouped_matmul.tiles_gpu import LINE, SMS
 
@@ -106,12 +106,52 @@ class Ring(NamedTuple):
 
 
 @runtime_checkable
+class Order(Protocol):
+    """In which a cluster does its tiles."""
+
+    def first(self) -> tuple:
+        """The state that it begins with, and how many tiles it does."""
+
+    def following(self, done, state) -> tuple:
+        """The number of the next tile, after so many and in that state; the next state."""
+
+
+class BackAndForth(NamedTuple):
+    """Every cluster does a tile of each wave, the last of one wave the first of the next:
+    tiles get smaller. What is done says all; there is no state.
+    """
+
+    tiles: Int[Array, ""] | int  # of all clusters
+    waves: Int[Array, ""] | int  # all of them whole
+    clusters: int
+    cluster: Int[Array, ""]
+
+    def first(self) -> tuple:
+        """See `Order`."""
+        more = (self.following(self.waves, ())[0] < self.tiles).astype(jnp.int32)
+        return (), self.waves + more
+
+    def following(self, done, state) -> tuple:
+        """See `Order`."""
+        turned = self.clusters - 1 - self.cluster
+        here = jnp.where(lax.rem(done, 2) == 0, self.cluster, turned)
+        return done * self.clusters + here, state
+
+
+def back_and_forth(tiles: Int[Array, ""] | int, blocks: int) -> BackAndForth:
+    """Of so many tiles, of clusters of so many blocks."""
+    clusters, cluster = SMS // blocks, lax.axis_index("cluster")
+    return BackAndForth(tiles, lax.div(tiles, clusters), clusters, cluster)
+
+
+@runtime_checkable
 class Block(Protocol):
     """What one block of a kernel does. Both take a tile's number and the step it begins
     with, and return the step after.
     """
 
     ring: Ring
+    order: Order
 
     def copy_tile(self, index, step):
         """Copies in what a tile needs."""
@@ -120,23 +160,18 @@ class Block(Protocol):
         """Makes a tile of it."""
 
 
-def run(block: Block, tiles, blocks: int = 1) -> None:
+def run(block: Block, blocks: int = 1) -> None:
     """What the three warpgroups of a block do, if tiles are done by `blocks` at once."""
-    clusters = SMS // blocks
-    cluster, warpgroup = lax.axis_index("cluster"), lax.axis_index("warpgroup")
-    waves = lax.div(tiles, clusters)  # all of them whole
-
-    def index(wave):
-        """Back and forth: tiles get smaller."""
-        turned = clusters - 1 - cluster
-        return wave * clusters + jnp.where(lax.rem(wave, 2) == 0, cluster, turned)
+    warpgroup = lax.axis_index("warpgroup")
 
     def each(one_tile):
-        def one(wave, step):
-            return one_tile(index(wave), step)
+        def one(done, carry):
+            state, step = carry
+            index, state = block.order.following(done, state)
+            return state, one_tile(index, step)
 
-        more = (index(waves) < tiles).astype(jnp.int32)
-        return lax.fori_loop(0, waves + more, one, 0)
+        state, count = block.order.first()
+        return lax.fori_loop(0, count, one, (state, 0))[1]
 
     @pl.when(warpgroup == 2)
     def _():

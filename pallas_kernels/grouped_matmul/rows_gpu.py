@@ -6,6 +6,7 @@ Letters: M rows, I inner, O outer, G groups.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.grouped_matmul.items_gpu import (
+    Items,
+    ItemSchedule,
+    schedule_items,
+)
 from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer, apart
 from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
+    Order,
     Ring,
+    back_and_forth,
     call,
     chunks,
     padded,
@@ -30,6 +38,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
 )
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LINE,
+    SMS,
     Schedule,
     Tiles,
     place,
@@ -99,6 +108,23 @@ class _RowsPlan:
         """Arrays that are written."""
         return self.parts * self.products + self.scaled
 
+    def schedule(self, sizes_G: Int[Array, " G"]) -> Schedule | ItemSchedule:
+        """Whose rows are which."""
+        if self.tiles.items:
+            return schedule_items(sizes_G, self.M, self.tiles.half, self.across)
+        return schedule(sizes_G, self.M, self.tiles.all_rows)
+
+
+class _Place(NamedTuple):
+    """Where a tile lies, of a block: of an item's two columns, its own."""
+
+    group: Int[Array, ""]
+    start: Int[Array, ""]  # the first row
+    count: Int[Array, ""]  # rows of the group's from there on
+    column: Int[Array, ""]  # the first
+    steps: Int[Array, ""]  # how often to multiply with each matrix
+    wide: Bool[Array, ""] | bool  # the blocks share rows, not a matrix
+
 
 def multiply_rows(
     xs: Sequence[Float[Array, "M I"]],
@@ -139,7 +165,7 @@ def multiply_rows(
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
-            run(block, block.down * plan.across, tiles.blocks)
+            run(block, tiles.blocks)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
@@ -154,7 +180,7 @@ def multiply_rows(
             collective_axes="warpgroup",
         )
 
-    operands = (*schedule(sizes_G, M, tiles.all_rows), firsts[0], *xs, *ws, *scales)
+    operands = (*plan.schedule(sizes_G), firsts[0], *xs, *ws, *scales)
     outputs = call(kernel, [out] * plan.outputs, *operands, blocks=tiles.blocks)
     return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
 
@@ -164,9 +190,8 @@ class _Rows:
 
     def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
         self.plan = plan
-        fields = len(Schedule._fields)
-        self.schedule = Schedule(*refs[:fields])
-        self.down = tile_count(self.schedule, plan.M, plan.tiles.all_rows)
+        fields = len((ItemSchedule if plan.tiles.items else Schedule)._fields)
+        self.order = self.order_of(refs[:fields])
         self.first_matrix = refs[fields]
         refs, self.ys = refs[fields + 1 : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
@@ -177,12 +202,27 @@ class _Rows:
         self.out = {LINE: out[:2], LINE // 2: narrow}
         self.ring = Ring(plan.tiles.stages, full, free)
 
-    def place(self, index):
-        """Group, first row, rows of the group, first column, and how often to multiply
-        with each matrix: never for surplus rows, which so get zeros.
-        """
+    def order_of(self, schedule) -> Order:
+        """The order of tiles, by the schedule's references."""
         plan, tiles = self.plan, self.plan.tiles
-        if tiles.by_group:
+        if tiles.items:
+            self.items = Items(
+                *(ItemSchedule(*schedule), plan.M, plan.groups, tiles.half),
+                *(plan.across, tiles.band, SMS // tiles.blocks),
+                lax.axis_index("cluster"),
+            )
+            return self.items
+        self.schedule = Schedule(*schedule)
+        self.down = tile_count(self.schedule, plan.M, tiles.all_rows)
+        return back_and_forth(self.down * plan.across, tiles.blocks)
+
+    def place(self, index) -> _Place:
+        """Surplus rows are never multiplied, and so get zeros."""
+        plan, tiles, wide = self.plan, self.plan.tiles, False
+        if tiles.items:
+            group, (start, count, column, wide) = self.items.item(index)
+            column = column + jnp.where(wide, lax.axis_index("pair"), 0)
+        elif tiles.by_group:
             group, start, count, column = place_by_group(
                 self.schedule, index, plan.across, tiles.all_rows, tiles.band
             )
@@ -190,27 +230,30 @@ class _Rows:
             number, column = walk(index, self.down, plan.across, tiles.band)
             group, start, count = place(self.schedule, number, tiles.all_rows)
         steps = jnp.where(group < plan.groups, plan.steps, 0)
-        return group, start, count, column * plan.width, steps
+        return _Place(group, start, count, column * plan.width, steps, wide)
 
-    def above(self, warpgroup):
+    def above(self, warpgroup, wide):
         """Rows of a tile before those of a warpgroup. The blocks of a pair take turns, so
         that they have the same to do if the tile is not full.
         """
-        if self.plan.tiles.pair:
-            warpgroup = 2 * warpgroup + lax.axis_index("pair")
-        return warpgroup * self.plan.tiles.half
+        tiles, number = self.plan.tiles, warpgroup
+        if tiles.pair:
+            number = 2 * warpgroup + lax.axis_index("pair")
+        if tiles.items:
+            number = jnp.where(wide, warpgroup, number)
+        return number * tiles.half
 
     def copy_tile(self, index, step):
         """Copies in what a tile needs; returns the step after."""
         plan = self.plan
-        group, start, count, column, steps = self.place(index)
+        group, start, count, column, steps, wide = self.place(index)
         columns, matrix = pl.ds(column, plan.width), group + self.first_matrix[0]
 
-        def load(x, ws, number, step):
+        def load(x, ws, wide, number, step):
             slot = self.ring.to_fill(step)
             full = self.ring.full.at[slot]
             inner = pl.ds(number * LINE, LINE)
-            self.copy_rows(x.at[:, inner], start, count, slot)
+            self.copy_rows(x.at[:, inner], start, count, wide, slot)
             for part, w in enumerate(ws):
                 here = pl.ds(part * plan.width, plan.width)
                 there = (columns, inner) if plan.turned else (inner, columns)
@@ -219,16 +262,22 @@ class _Rows:
                     w.at[(matrix, *there)],
                     self.w_in.at[(slot, *here)],
                     full,
-                    collective_axes="pair" if plan.tiles.pair else None,
+                    collective_axes="pair" if plan.tiles.pair and not wide else None,
                 )
             return step + 1
 
+        # What is shared is part of a copy's code: of items, one loop of two has no steps.
+        ways = [(wide, steps)]
+        if plan.tiles.items:
+            ways = [(way, jnp.where(wide == way, steps, 0)) for way in (False, True)]
         for number, x in enumerate(self.xs):
             ws = self.ws[number * plan.parts : (number + 1) * plan.parts]
-            step = lax.fori_loop(0, steps, functools.partial(load, x, ws), step)
+            for way, times in ways:
+                one = functools.partial(load, x, ws, way)
+                step = lax.fori_loop(0, times, one, step)
         return step
 
-    def copy_rows(self, x, start, count, slot) -> None:
+    def copy_rows(self, x, start, count, wide: bool, slot) -> None:
         """Copies in a block's rows of a tile; of a pair's, no half without any."""
         full, tiles = self.ring.full.at[slot], self.plan.tiles
         if not tiles.pair:
@@ -236,13 +285,18 @@ class _Rows:
             plgpu.copy_gmem_to_smem(x.at[rows], self.x_landing.at[slot], full)
             return
         for warpgroup in range(2):
-            above = self.above(warpgroup)
+            above = self.above(warpgroup, wide)
 
             @pl.when(count > above)
             def _(warpgroup=warpgroup, above=above):
                 rows = pl.ds(start + above, tiles.half)
                 half = pl.ds(warpgroup * tiles.half, tiles.half)
-                plgpu.copy_gmem_to_smem(x.at[rows], self.x_landing.at[slot, half], full)
+                plgpu.copy_gmem_to_smem(
+                    x.at[rows],
+                    self.x_landing.at[slot, half],
+                    full,
+                    collective_axes="pair" if wide else None,
+                )
 
             @pl.when(count <= above)
             def _():
@@ -251,10 +305,10 @@ class _Rows:
     def multiply_tile(self, index, step):
         """Makes a tile of what is copied in; returns the step after."""
         plan, half = self.plan, self.plan.tiles.half
-        _, start, count, column, steps = self.place(index)
+        _, start, count, column, steps, wide = self.place(index)
         steps = steps * plan.lhs
         warpgroup = lax.axis_index("warpgroup")
-        above = self.above(warpgroup)
+        above = self.above(warpgroup, wide)
         start, count = start + above, jnp.clip(count - above, 0, half)
 
         def multiply(acc, _, slot):

@@ -28,7 +28,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     smem_of_any_row,
 )
 from pallas_kernels.grouped_matmul.rows_gpu import _lying, _Rows, _RowsPlan
-from pallas_kernels.grouped_matmul.tiles_gpu import LINE, Tiles, row_tiles, schedule
+from pallas_kernels.grouped_matmul.tiles_gpu import LINE, Tiles, row_tiles
 from pallas_kernels.mosaic import copy_rows, load
 
 WIDTH = 32  # columns of a chunk
@@ -76,7 +76,7 @@ def swiglu_gradient(
     def kernel(*refs):
         def scope(*buffers):
             block = _SwigluGradient(plan, refs, *buffers)
-            run(block, block.down * plan.across, tiles.blocks)
+            run(block, tiles.blocks)
 
         pl.run_scoped(
             scope,
@@ -91,7 +91,7 @@ def swiglu_gradient(
             collective_axes="warpgroup",
         )
 
-    operands = (*schedule(sizes_G, M, tiles.all_rows), first, dy, w)
+    operands = (*plan.schedule(sizes_G), first, dy, w)
     out = jax.ShapeDtypeStruct(gated.shape, dtype)
     sums = jax.ShapeDtypeStruct((plan.across, M, LANES), jnp.float32)
     dgated, dlifted, dscale_AML = call(

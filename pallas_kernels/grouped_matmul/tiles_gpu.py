@@ -15,7 +15,7 @@ from pallas_kernels.mosaic import is_hopper
 
 SMS = 132  # of an H100 or H200: blocks of the grid
 SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
-LONG = 4096  # elements of a row
+LONG = 4096  # elements of a row: see there, too
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
 
 
@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     band: int = 8  # columns of tiles that are walked together; by group, rows of tiles
     pair: bool = False  # two blocks of a cluster share a matrix, each has its own rows
     by_group: bool = False  # all of a group's tiles follow each other
+    items: bool = False  # a pair's, which shares rows where few are left: `items_gpu`
 
     @property
     def blocks(self) -> int:
@@ -64,9 +65,10 @@ def row_tiles(
     whose columns are contiguous (not `turned`) come in whole lines.
 
     Two blocks read a matrix together where groups are so small that reading is all, or
-    so large that few tiles are not full, but for LONG rows, where waiting for each other
-    costs more. Groups that are not large are walked one after the other: their matrices
-    are read from memory, each once.
+    so large that few tiles are not full. A tile of LONG rows takes so much time that the
+    few count, and that some clusters get one more than others: such rows are dealt out as
+    items. Groups that are not large are walked one after the other: their matrices are
+    read from memory, each once.
     """
     candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
     unit = LINE // 2 if turned else LINE
@@ -78,9 +80,9 @@ def row_tiles(
 
     best = min(whole, key=multiplied)
     small, large = rows < SMALL * groups, rows >= LARGE * groups
-    pair = best.rows == 128 and (small or (large and inner <= LONG))
+    pair = best.rows == 128 and (small or large)
     if large:
-        return best._replace(pair=pair)
+        return best._replace(pair=pair, items=pair and inner >= LONG)
     return best._replace(pair=pair, by_group=True, band=32 if small else 16)
 
 

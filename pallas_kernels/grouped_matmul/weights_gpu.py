@@ -17,6 +17,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
     Ring,
+    back_and_forth,
     call,
     chunks,
     padded,
@@ -56,7 +57,7 @@ def weight_gradient(
     def kernel(*refs):
         def scope(*buffers):
             block = _Weights(tiles, refs, *buffers)
-            run(block, groups * block.tiles_each, tiles.blocks)
+            run(block, tiles.blocks)
 
         pl.run_scoped(
             scope,
@@ -92,6 +93,7 @@ class _Weights:
         self.down = pl.cdiv(outer, tiles.all_rows)
         self.across = pl.cdiv(inner, tiles.columns)
         self.tiles_each = self.down * self.across
+        self.order = back_and_forth(groups * self.tiles_each, tiles.blocks)
 
     def place(self, index):
         """Rank of the group, tile in its matrix, first row of the first step, and steps."""

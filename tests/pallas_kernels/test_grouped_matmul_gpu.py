@@ -14,7 +14,11 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
 )
+from pallas_kernels.grouped_matmul.items_gpu import Items, most_items, schedule_items
+from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
+    LARGE,
+    LONG,
     by_size,
     place,
     place_by_group,
@@ -75,6 +79,87 @@ def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, 
     assert groups == sorted(groups)
 
 
+@functools.partial(jax.jit, static_argnums=range(1, 6))
+def all_items(sizes, rows, unit, across, band, clusters):
+    """In the order of each cluster: places in the table, groups and items; and how many
+    a cluster does, and there are of each kind.
+    """
+    table = schedule_items(sizes, rows, unit, across)
+    grid = table, rows, sizes.shape[0], unit, across, band, clusters
+
+    def each(cluster):
+        items = Items(*grid, cluster)
+
+        def one(state, done):
+            index, state = items.following(done, state)
+            return state, (index, *items.item(index))
+
+        state, count = items.first()
+        return count, jax.lax.scan(one, state, jnp.arange(longest))[1]
+
+    longest = sum(most_items(rows, sizes.shape[0], unit, across)) // clusters + 2
+    count, found = jax.vmap(each)(jnp.arange(clusters))
+    return *found, count, Items(*grid, 0).counts
+
+
+def random_sizes(count, groups=8):
+    """As in SIZES, and many more: some groups empty, some not of whole units, and mostly
+    some rows of no group.
+    """
+    rng = np.random.default_rng(0)
+    yield from (np.pad(sizes, (0, groups - len(sizes))) for sizes in SIZES.values())
+    for _ in range(count):
+        shares = rng.dirichlet([rng.choice([0.2, 1, 10])] * (groups + 1))
+        yield rng.multinomial(M, shares)[:groups]
+
+
+@pytest.mark.parametrize("across", [1, 2, 7, 16])
+@pytest.mark.parametrize(("unit", "band"), [(64, 8), (64, 2), (128, 1)])
+def test_every_row_is_in_one_item_of_each_column(across, unit, band):
+    for sizes in random_sizes(40):
+        found = jax.tree.map(np.asarray, all_items(sizes, M, unit, across, band, 5))
+        _, groups, items, counts, total = found
+        most = most_items(M, len(sizes), unit, across)
+        assert total.full <= most.full and total.short <= most.short
+        assert counts.sum() == sum(total)
+        owner = np.full((M, across), -1)
+        for which in np.argwhere(np.arange(groups.shape[1]) < counts[:, None]):
+            row, rows, column, wide = (field[tuple(which)] for field in items)
+            here = owner[row : row + rows, column : column + 1 + wide]
+            assert here.shape == (rows, 1 + wide)
+            assert 0 < rows <= (2 if wide else 4) * unit
+            assert (here == -1).all()
+            here[:] = groups[tuple(which)]
+        expected = np.repeat(range(len(sizes) + 1), [*sizes, M - sum(sizes)])
+        np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
+
+
+def test_clusters_have_as_much_to_do_and_groups_stay_together():
+    rows, groups, clusters, across = 24576, 64, 66, 11
+    shares = np.random.default_rng(0).dirichlet([5.0] * groups)
+    sizes = np.diff(np.round(np.cumsum(shares) * rows).astype(int), prepend=0)
+    found = all_items(jnp.asarray(sizes), rows, 64, across, 8, clusters)
+    index, group, _, counts, _ = jax.tree.map(np.asarray, found)
+    real = np.arange(index.shape[1]) < counts[:, None]
+    cost = np.where(index < most_items(rows, groups, 64, across).full, 1.0, 0.5) * real
+    assert cost.sum(1).max() - cost.sum(1).mean() < 1
+    ends = np.cumsum(cost, 1)
+    for each in range(groups):  # of about 20 items, while 66 are done at once
+        assert np.ptp(ends[real & (group == each)]) <= 2.5
+
+
+@pytest.mark.parametrize("tiles", [0, 3, 5, 12, 15, 19])
+def test_back_and_forth_every_tile_is_done_once(tiles):
+    clusters, done = 5, []
+    for cluster in range(clusters):
+        order = BackAndForth(tiles, tiles // clusters, clusters, cluster)
+        state, count = order.first()
+        mine = [int(order.following(wave, state)[0]) for wave in range(int(count))]
+        assert all(index // clusters == wave for wave, index in enumerate(mine))
+        done += mine
+    assert sorted(done) == list(range(tiles))
+
+
 @each_sizes
 def test_groups_come_by_their_sizes(sizes):
     groups = by_size(jnp.asarray(sizes))
@@ -113,8 +198,24 @@ def test_blocks_share_matrices_of_small_and_of_large_groups():
 
     sizes = 2**13, 2**15, 2**17
     assert [tiles(rows, 1024).pair for rows in sizes] == [True, False, True]
-    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, False]
+    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, True]
     assert [tiles(rows, 1024).by_group for rows in sizes] == [True, True, False]
+
+
+def test_items_are_of_large_groups_with_long_rows():
+    def items(rows, inner, outer=512, turned=True):
+        return row_tiles(rows, 8, outer, inner, turned=turned).items
+
+    assert [items(2**15, inner) for inner in (2048, 4096, 7168)] == [False, True, True]
+    assert [items(rows, 7168) for rows in (2**10, 2**12, 2**13)] == [False, False, True]
+    assert not items(2**15, 7168, outer=896, turned=False)  # tiles of 256 rows
+    takes = [
+        row_tiles(rows_of(groups), groups, *SHAPES[groups], turned=True).items
+        for groups in SHAPES
+    ]
+    assert takes == [groups == 7 for groups in SHAPES]
+    N, K = SHAPES[8]
+    assert row_tiles(rows_of(8), 8, K, N, turned=False).items
 
 
 def test_blocks_share_x_where_no_tile_is_left_over():
@@ -194,12 +295,14 @@ aot = pytest.mark.aot
         ("product", DOWN, "float32"),
         ("swiglu", UP, "float32"),
         ("feed_forward", UP, "bfloat16"),
+        ("feed_forward", (32768, 8, 4096, 7168), "bfloat16"),  # items
         ("decode", (64, 128, 1024, 1024), "bfloat16"),
         pytest.param("product", UP, "bfloat16", marks=aot),
         pytest.param("swiglu", DOWN, "bfloat16", marks=aot),
         # an expert-parallel slice of V3, V3 on one device, V2-Lite, and sizes that no
         # tile divides
         pytest.param("product", (32768, 8, 4096, 7168), "bfloat16", marks=aot),
+        pytest.param("swiglu", (32768, 8, 4096, 7168), "bfloat16", marks=aot),
         pytest.param("product", (32768, 256, 4096, 7168), "bfloat16", marks=aot),
         pytest.param("product", (24576, 64, 2816, 2048), "bfloat16", marks=aot),
         pytest.param("swiglu", (24576, 64, 1408, 2048), "bfloat16", marks=aot),
@@ -222,7 +325,8 @@ def test_compiles_for_an_h200_without_spills(function, shape, weights):
 
 
 # Rows a group decide which blocks share matrices: small, medium and large groups. Two
-# have sizes of one line. Groups: N, K.
+# have sizes of one line; two large ones have long rows, of x or of dy, and an odd number
+# of tiles across. Groups: N, K.
 SHAPES = {
     16: (256, 384),
     4: (192, 320),
@@ -230,16 +334,24 @@ SHAPES = {
     2: (200, 104),
     5: (896, 64),
     6: (64, 704),
+    7: (768, 4096),
+    8: (4096, 768),
 }
+
+
+def rows_of(groups):
+    """M where rows are short; where they are long, enough for groups to be large."""
+    return LARGE * groups if max(SHAPES[groups]) >= LONG else M
 
 
 def uneven_sizes(groups):
     """By name: what is to be right for any."""
-    rng = np.random.default_rng(groups)
-    shares = rng.multinomial(M, rng.dirichlet([2.0] * groups))
+    rng, rows = np.random.default_rng(groups), rows_of(groups)
+    shares = rng.multinomial(rows, rng.dirichlet([2.0] * groups))
     return {
         "uneven": shares,
-        "one has all": np.eye(groups, dtype=int)[-1] * M,
+        "an empty one": np.where(np.arange(groups) == 1, 0, shares),
+        "one has all": np.eye(groups, dtype=int)[-1] * rows,
         "tiny ones": np.arange(groups) % 8,
         "exact tiles": np.full(groups, 128),
         "one more": np.full(groups, 65),
@@ -251,10 +363,11 @@ def uneven_sizes(groups):
 def operands(groups, surplus_from, weights=jnp.bfloat16):
     """x, gate, up, dy, scale; what surplus rows hold is not to matter."""
     (N, K), rng = SHAPES[groups], np.random.default_rng(groups)
-    shapes = (M, K), (groups, N, K), (groups, N, K), (M, N)
+    rows = rows_of(groups)
+    shapes = (rows, K), (groups, N, K), (groups, N, K), (rows, N)
     x, gate, up, dy = (rng.standard_normal(shape) for shape in shapes)
     x[surplus_from:], dy[surplus_from:] = np.nan, np.nan
-    scale = jnp.asarray(rng.random(M), jnp.float32)
+    scale = jnp.asarray(rng.random(rows), jnp.float32)
     x, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, dy))
     gate, up = (jnp.asarray(w / 16, jnp.bfloat16).astype(weights) for w in (gate, up))
     return x, gate, up, dy, scale
@@ -330,14 +443,16 @@ def test_gradient_of_float32_weights_is_not_rounded_on_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("groups", "keep_result"), [(16, False), (4, True), (2, True)])
+@pytest.mark.parametrize(
+    ("groups", "keep_result"), [(16, False), (4, True), (2, True), (7, True), (8, True)]
+)
 def test_swiglu_equals_float32_on_the_gpu(groups, keep_result):
     run, alone = (
         functools.partial(swiglu, keep_result),
         jax.jit(swiglu, static_argnums=0),
     )
     for sizes in uneven_sizes(groups).values():
-        x, gate, up, dh, scale = operands(groups, M)
+        x, gate, up, dh, scale = operands(groups, rows_of(groups))
         expected = swiglu_by_hand(*wide(x, gate, up, dh, scale), sizes)
         operand, sizes = (x, gate, up, scale), jnp.asarray(sizes)
         check([alone(False, sizes, *operand)], expected[:1])
