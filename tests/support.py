@@ -14,7 +14,7 @@ from dsjax.config import Moe
 from dsjax.nn import dispatch
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
-from dsjax.sharding import AXES, BATCH, make_mesh
+from dsjax.sharding import BATCH, make_mesh
 
 
 def random_model(name: str, *, std: float = 0.125, **mesh: int) -> Transformer:
@@ -63,7 +63,7 @@ def rounds(
         chunks = dispatch._chunks(len(chosen_Nk), row_bytes, 0.0)
         parts = chosen_Nk.reshape(chunks, -1, moe.top_k)
         most = jax.lax.map(lambda part: dispatch._plan(part, moe).rounds, parts).max()
-        return jnp.stack([jnp.int32(chunks), jax.lax.pmax(most, AXES)])
+        return jnp.stack([jnp.int32(chunks), most])
 
     with jax.set_mesh(make_mesh(**sizes)):
         chosen_Nk = jax.sharding.reshard(jnp.asarray(chosen_Nk), P(BATCH))

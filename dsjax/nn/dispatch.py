@@ -31,7 +31,6 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import Moe
 from dsjax.nn.exchange import Lanes, collect, exchange, lanes, spread
 from dsjax.nn.groups import equal_parts
-from dsjax.nn.options import keep
 from dsjax.nn.rows import (
     count,
     first_places,
@@ -123,11 +122,9 @@ class _Plan:
 
     The J rows are sorted by device. token: each one's token, N past the last. places: a
     token's rows. device: where a row goes, P past the last. round: when. start: where a
-    device's rows begin. rounds: how many there are, the same on all devices. chosen: a
-    token's experts.
+    device's rows begin. rounds: how many there are, the same on all devices.
     """
 
-    chosen_Nk: Any
     token_J: Any
     places_NR: Any
     device_J: Any
@@ -146,48 +143,18 @@ class _Plan:
             start_P, count(now, devices), rows=rows, rows_away=self.room, axis=AXIS
         )
 
-    def add(self, apply: Experts, number: Array | int, x_ND, affinity_Nk, weights):
-        """What the rows of one round, sent and sent back, add to their tokens."""
-        there, k = self.lanes(number), self.chosen_Nk.shape[1]
-        told_N2k = [self.chosen_Nk.astype(jnp.float32), affinity_Nk]
-        x_MD, told_M2k = (
-            exchange(gather_rows(rows, self.token_J, self.places_NR), there)
-            for rows in (x_ND, jnp.concatenate(told_N2k, axis=1))
-        )
-        first = jax.lax.axis_index(AXIS) * weights[0].shape[0]
-        real_M = jnp.arange(self.room) < there.receive_P.sum()
-        here_Mk = told_M2k[:, :k].astype(jnp.int32) - first
-        y_MD = apply(
-            x_MD,
-            jnp.where(real_M[:, None], here_Mk, -1),
-            told_M2k[:, k:],
-            weights,
-            most=self.room,
-            expected=self.chosen_Nk.size,
-        )
-        y_JD = exchange(y_MD.astype(x_ND.dtype), there.back)
-        return sum_rows(y_JD, self.places_NR, self.token_J)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class _ToAll:
     """All rows are on all devices. here: the chosen experts that are on this one, -1 for
-    others. round: when a row's turn is. rounds: how many this device has. room: as in
-    `_Plan`.
+    others. round: when a row's turn is. rounds, room: as in `_Plan`.
     """
 
     here_Mk: Any
     round_M: Any
     rounds: Any
     room: int = field(metadata={"static": True})
-
-    def add(self, apply: Experts, number: Array | int, x_MD, affinity_Mk, weights):
-        """What this device's experts make of the rows of one round; zeros of others."""
-        here_Mk = jnp.where(self.round_M[:, None] == number, self.here_Mk, -1)
-        expected = here_Mk.size // jax.lax.axis_size(AXIS)
-        options = {"most": self.room, "expected": expected}
-        return apply(x_MD, here_Mk, affinity_Mk, weights, **options).astype(x_MD.dtype)
 
 
 def _room(chosen_Nk: Array, config: Moe) -> tuple[int, int]:
@@ -215,8 +182,8 @@ def _to_all(chosen_Nk: Array, config: Moe) -> _ToAll:
     here_Mk = jnp.where((here_Mk >= 0) & (here_Mk < apiece), here_Mk, -1)
     experts_M = (here_Mk >= 0).sum(axis=1, dtype=jnp.int32)
     round_M = (jnp.cumsum(experts_M) - experts_M) // (room - at_once + 1)
-    here_Mk, round_M = keep(here_Mk), keep(round_M)
-    return _ToAll(here_Mk=here_Mk, round_M=round_M, rounds=round_M.max() + 1, room=room)
+    rounds = jax.lax.pmax(round_M.max() + 1, AXES)
+    return _ToAll(here_Mk=here_Mk, round_M=round_M, rounds=rounds, room=room)
 
 
 def _to_some(chosen_Nk: Array, config: Moe) -> _Plan:
@@ -247,7 +214,6 @@ def _to_some(chosen_Nk: Array, config: Moe) -> _Plan:
     fill = room - at_once + 1  # the last row of a round may bring more than one
     rounds = -(-everyone_PP.sum(axis=0).max() // fill)
     return _Plan(
-        chosen_Nk=chosen_Nk,
         token_J=order_J // k,
         places_NR=first_places(place.reshape(N, k), most, nowhere=N * most),
         device_J=device_J,
@@ -259,52 +225,82 @@ def _to_some(chosen_Nk: Array, config: Moe) -> _Plan:
     )
 
 
+def _round(apply, plan, number, x_ND, chosen_Nk, affinity_Nk, weights):
+    """What the rows of one round add to their tokens."""
+    options = {"most": plan.room, "expected": chosen_Nk.size}
+    if isinstance(plan, _ToAll):
+        here_Mk = jnp.where(plan.round_M[:, None] == number, plan.here_Mk, -1)
+        x_MD, affinity_Mk = (spread(rows, AXIS) for rows in (x_ND, affinity_Nk))
+        y_MD = apply(x_MD, here_Mk, affinity_Mk, weights, **options)
+        return collect(y_MD.astype(x_ND.dtype), AXIS)
+    there, k = plan.lanes(number), chosen_Nk.shape[1]
+    told_N2k = jnp.concatenate([chosen_Nk.astype(jnp.float32), affinity_Nk], axis=1)
+    x_MD, told_M2k = (
+        exchange(gather_rows(rows, plan.token_J, plan.places_NR), there)
+        for rows in (x_ND, told_N2k)
+    )
+    first = jax.lax.axis_index(AXIS) * weights[0].shape[0]
+    real_M = jnp.arange(plan.room) < there.receive_P.sum()
+    here_Mk = told_M2k[:, :k].astype(jnp.int32) - first
+    y_MD = apply(
+        x_MD,
+        jnp.where(real_M[:, None], here_Mk, -1),
+        told_M2k[:, k:],
+        weights,
+        **options,
+    )
+    y_JD = exchange(y_MD.astype(x_ND.dtype), there.back)
+    return sum_rows(y_JD, plan.places_NR, plan.token_J)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunk(apply, config, x_ND, chosen_Nk, affinity_Nk, weights):
-    """All rounds of some tokens. Rows that go to all devices do so once, before the rounds,
-    and sums come back after them: a device's rounds are its own, and the host need not
-    be asked how many there are.
-    """
-    plan = _plan(chosen_Nk, config)
-    if not isinstance(plan, _ToAll):
-        return _in_rounds(apply, plan, x_ND, affinity_Nk, weights)
-    x_MD, affinity_Mk = (keep(spread(rows, AXIS)) for rows in (x_ND, affinity_Nk))
-    return collect(_in_rounds(apply, plan, x_MD, affinity_Mk, weights), AXIS)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_rounds(apply, plan, x, affinity, weights):
-    """What a plan's rounds add up to. Their number is data: what one round keeps for its
+    """All rounds of some tokens. Their number is data: what one round keeps for its
     gradient is kept of the first alone, later ones are computed again.
     """
-    return _in_rounds_forward(apply, plan, x, affinity, weights)[0]
+    return _chunk_forward(apply, config, x_ND, chosen_Nk, affinity_Nk, weights)[0]
 
 
-def _in_rounds_forward(apply, plan, x, affinity, weights):
-    first, back = jax.vjp(functools.partial(plan.add, apply, 0), x, affinity, weights)
+def _chunk_forward(apply, config, x_ND, chosen_Nk, affinity_Nk, weights):
+    plan = _plan(chosen_Nk, config)
+    step = _stepper(apply, plan, chosen_Nk)
+    first, back = jax.vjp(functools.partial(step, 0), x_ND, affinity_Nk, weights)
 
     def further(state):
-        number, y = state
-        return number + 1, y + plan.add(apply, number, x, affinity, weights)
+        number, y_ND = state
+        return number + 1, y_ND + step(number, x_ND, affinity_Nk, weights)
 
-    _, y = jax.lax.while_loop(lambda s: s[0] < plan.rounds, further, (1, first))
-    return y, (back, plan, x, affinity, weights)
+    _, y_ND = jax.lax.while_loop(lambda s: s[0] < plan.rounds, further, (1, first))
+    return y_ND, (back, plan, x_ND, chosen_Nk, affinity_Nk, weights)
 
 
-def _in_rounds_backward(apply, saved, dy):
-    back, plan, x, affinity, weights = saved
+def _chunk_backward(apply, config, saved, dy_ND):
+    back, plan, x_ND, chosen_Nk, affinity_Nk, weights = saved
+    step = _stepper(apply, plan, chosen_Nk)
 
     def further(state):
         number, sums = state
-        one = functools.partial(plan.add, apply, number)
-        _, back = jax.vjp(one, x, affinity, weights)
-        return number + 1, jax.tree.map(jnp.add, sums, back(dy))
+        one = functools.partial(step, number)
+        _, back = jax.vjp(one, x_ND, affinity_Nk, weights)
+        return number + 1, jax.tree.map(jnp.add, sums, back(dy_ND))
 
-    start = 1, back(dy)
-    _, gradients = jax.lax.while_loop(lambda s: s[0] < plan.rounds, further, start)
-    return None, *gradients
+    start = 1, back(dy_ND)
+    _, (dx_ND, daffinity_Nk, dweights) = jax.lax.while_loop(
+        lambda s: s[0] < plan.rounds, further, start
+    )
+    return dx_ND, None, daffinity_Nk, dweights
 
 
-_in_rounds.defvjp(_in_rounds_forward, _in_rounds_backward)
+_chunk.defvjp(_chunk_forward, _chunk_backward)
+
+
+def _stepper(apply, plan, chosen_Nk):
+    """One round as a function of its number and of what has a gradient."""
+
+    def step(number, x_ND, affinity_Nk, weights):
+        return _round(apply, plan, number, x_ND, chosen_Nk, affinity_Nk, weights)
+
+    return step
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
