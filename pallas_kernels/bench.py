@@ -35,7 +35,6 @@ OPERATIONS = (
     "flash_attention",
     "grouped_matmul",
     "fp8_matmul",
-    "take_rows",
     "cross_entropy",
 )
 
