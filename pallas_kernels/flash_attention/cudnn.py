@@ -5,6 +5,7 @@ of queries and keys, U size of values.
 """
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +79,15 @@ def backward(
     """The gradients of q, k and v, from what `forward` gave."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
+    rule = fused._dot_product_attention_bwd_rule
     none = jnp.zeros(0, q_BTKGH.dtype)  # bias, lengths, offsets, page tables
     lse_BNT = lse_BTKG.reshape(*lse_BTKG.shape[:2], -1).swapaxes(1, 2)
-    kept = (_merged(q_BTKGH), k_BTKH, v_BTKU, *[none] * 7, lse_BNT, _merged(out_BTKGU))
-    dq_BTNH, dk_BTKH, dv_BTKU, *_ = fused._dot_product_attention_bwd_rule(
+    # Since JAX 0.12 a function may change the scores: here none, of no arguments.
+    change, of = (), ()
+    if "score_mod" in inspect.signature(rule).parameters:
+        change, of = (None,), ((),)
+    operands = (_merged(q_BTKGH), k_BTKH, v_BTKU, *[none] * 7, *of)
+    dq_BTNH, dk_BTKH, dv_BTKU, *_ = rule(
         scale,
         42,  # the default seed, of no dropout
         0.0,
@@ -89,9 +95,10 @@ def backward(
         fused.MaskType.CAUSAL,
         fused.AttentionLayout.BTNH.value,
         None,
+        *change,
         fused.check_cudnn_version(),
         False,
-        kept,
+        (*operands, lse_BNT, _merged(out_BTKGU)),
         _merged(dout_BTKGU),
     )
     return dq_BTNH.reshape(q_BTKGH.shape), dk_BTKH, dv_BTKU
