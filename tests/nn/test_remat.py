@@ -1,5 +1,6 @@
 """What the backward pass keeps under each choice of remat, and in which precision."""
 
+import functools
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -61,6 +62,7 @@ def loops(jaxpr):
                 yield from loops(part)
 
 
+@functools.cache
 def kept(config, remat, precision):
     """dtype and shape of all that the forward loop stacks for the backward loop."""
     mesh, of, arguments = gradient(config, remat, precision)
@@ -174,16 +176,18 @@ def value_and_gradients(remat, **mesh):
     return jax.tree.map(np.asarray, (result[0], nnx.to_pure_dict(result[1])))
 
 
-def test_gradients_are_the_same_and_on_every_mesh():
+@pytest.mark.parametrize(
+    "remat", [pytest.param(Remat.FULL, marks=pytest.mark.slow), Remat.V3]
+)
+def test_gradients_are_the_same_and_on_every_mesh(remat):
     """On fsdp, expert and tensor axes against no remat on one device."""
     value, expected = value_and_gradients(Remat.NONE)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert scale > 0.01
-    for remat in (Remat.FULL, Remat.V3):
-        again, found = value_and_gradients(remat, fsdp=2, expert=2, tensor=2)
-        np.testing.assert_allclose(again, value, rtol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale),
-            found,
-            expected,
-        )
+    again, found = value_and_gradients(remat, fsdp=2, expert=2, tensor=2)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale),
+        found,
+        expected,
+    )
