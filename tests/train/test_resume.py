@@ -167,7 +167,8 @@ def test_asked_to_stop_while_it_compiles(tmp_path):
     assert runs.rows(out) == []
 
 
-MESH = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+ON_EIGHT = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+ON_EIGHT += ["--set=microbatch=8"]
 QUIET = ["--set=evaluation.every_steps=0"]  # one program less to compile
 
 
@@ -181,10 +182,10 @@ def eight(tmp_path_factory, finished):
         return made[-1]
 
     out = tmp_path_factory.mktemp("runs") / "eight"
-    args = ["train", "tests.train.tiny.run", *TOKENS, *MESH, *QUIET, "--out", str(out)]
+    args = ["tests.train.tiny.run", *TOKENS, *QUIET, *ON_EIGHT, "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "make_step", noted)
-        assert cli.main([*args, "--set=microbatch=8", "--steps=6"]) == 0
+        assert cli.main(["train", *args, "--steps=6"]) == 0
     return out, [step.compiled._cache_size() for step in made]
 
 
@@ -209,17 +210,22 @@ def test_resumes_on_another_mesh(finished, eight, cache, tmp_path):
     assert_close(out, finished[0], steps=12)
 
 
-def test_two_processes(finished, eight, cache, tmp_path):
+@pytest.mark.parametrize("name", ["dense", pytest.param("run", marks=pytest.mark.slow)])
+def test_two_processes(cache, tmp_path, name):
     """Four devices each, as one process of eight; resumed by one process of one device."""
-    out = tmp_path / "run"
+    experiment, out = f"tests.train.tiny.{name}", tmp_path / "run"
+    one, eight = tmp_path / "one", tmp_path / "eight"
+    for place, more in ((one, ["--steps=6"]), (eight, [*ON_EIGHT, "--steps=3"])):
+        args = [experiment, *TOKENS, *QUIET, *more, "--out", str(place)]
+        assert cli.main(["train", *args]) == 0
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     together = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    args = [*TOKENS, *MESH, *QUIET, "--set=microbatch=8", "--steps=3", *together]
+    args = [*TOKENS, *QUIET, *ON_EIGHT, "--steps=3", *together]
     children = [
-        runs.launch(out, *args, f"--process-id={index}", XLA_FLAGS=flags)
+        runs.launch(out, experiment, *args, f"--process-id={index}", XLA_FLAGS=flags)
         for index in range(2)
     ]
     try:
@@ -229,10 +235,10 @@ def test_two_processes(finished, eight, cache, tmp_path):
             child.kill()
     assert "saved" in outputs[0]
     assert "saved" not in outputs[1], "gloo prints there, the run does not"
-    assert_close(out, eight[0], steps=3)
+    assert_close(out, eight, steps=3)
     more = [*TOKENS, *QUIET, "--resume", "--steps=6"]
-    runs.finish(runs.launch(out, *more, cache=cache))
-    assert_close(out, finished[0], steps=6)
+    runs.finish(runs.launch(out, experiment, *more, cache=cache))
+    assert_close(out, one, steps=6)
 
 
 def copy_of(run, place):
