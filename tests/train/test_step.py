@@ -134,9 +134,10 @@ def test_everything_rests_where_its_weight_does():
 def test_biases_move_by_the_load_of_the_whole_batch():
     """gamma * sign(mean - load) exactly, also when it came in microbatches; no moments,
     no decay."""
-    _, fresh, step = compiled("many")
     in_four = batch(microbatches=4, segments=SEGMENTS)
-    for rows in (batch(), in_four):  # the first is compiled for other tests, too
+    # The first is compiled for other tests, too; the other one is for one device.
+    for mesh, rows in (("many", batch()), ("one", in_four)):
+        _, fresh, step = compiled(mesh)
         state, metrics = step(fresh(), rows, RATES)
         stacked, mtp = (np.asarray(state.biases[path]) for path in BIASES)
         load_LE = np.asarray(metrics.load_LE)
