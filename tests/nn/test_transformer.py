@@ -35,12 +35,14 @@ def test_causality(name):
 
 MESHES = [
     ("tiny_v3", {"fsdp": 2, "expert": 4}),
-    # Its gradients are compared below.
+    # The slow ones: gradients are compared below, decoding in `test_serving.py`.
     pytest.param(
         "tiny_v3", {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow
     ),
     ("tiny_v2", {"fsdp": 2, "expert": 2, "tensor": 2}),
-    ("tiny_moe_16b", {"data": 2, "fsdp": 2, "expert": 2}),
+    pytest.param(
+        "tiny_moe_16b", {"data": 2, "fsdp": 2, "expert": 2}, marks=pytest.mark.slow
+    ),
     ("tiny_r1_distill_qwen_7b", {"data": 2, "fsdp": 2, "tensor": 2}),
 ]
 
