@@ -1,5 +1,8 @@
-"""The notebooks: paired texts agree, and every cell runs on a tiny budget."""
+"""The notebooks: paired texts agree, what they import is there, and by marker every cell
+runs on a tiny budget: what it does, `test_quickstart.py` does by default.
+"""
 
+import ast
 import os
 import sys
 from pathlib import Path
@@ -24,11 +27,22 @@ def test_notebook_and_script_agree(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_there(path):
+    tree = ast.parse(path.with_suffix(".py").read_text("utf-8"))
+    imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert any(getattr(n, "module", None) == "dsjax.train.step" for n in imports)
+    exec(compile(ast.Module(imports, []), path.name, "exec"), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     """In an empty directory, by this interpreter, with this source tree."""
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("DSJAX_NOTEBOOK_STEPS", "2")
-    monkeypatch.setenv("XLA_FLAGS", "")
+    # One device, as a reader has; but quick compiles, as everywhere here.
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
     search = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     monkeypatch.setenv("PYTHONPATH", search)
     notebook = jupytext.read(path)

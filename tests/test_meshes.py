@@ -104,14 +104,24 @@ DEFAULT = [
     (1, 2, 2, 2),
     (2, 2, 1, 2),
 ]
-MESHES = [
-    pytest.param(
-        dict(zip(AXES, sizes)),
-        id="x".join(map(str, sizes)),
-        marks=() if sizes in DEFAULT or DEVICES < 8 else pytest.mark.slow,
-    )
-    for sizes in FACTORISATIONS
-]
+# Decoding in either layout on three of these, so that each cuts along every axis.
+DEFAULT_OF_LAYOUT = {
+    "training": [(1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 1, 2)],
+    "serving": [(1, 1, 8, 1), (2, 1, 4, 1), (1, 2, 2, 2)],
+}
+
+
+def meshes(default: list[tuple[int, ...]], *more: str) -> list:
+    """Parameters of all meshes, each behind `more`; all but the default ones slow."""
+    return [
+        pytest.param(
+            *more,
+            dict(zip(AXES, sizes)),
+            id="-".join(["x".join(map(str, sizes)), *more]),
+            marks=() if sizes in default or DEVICES < 8 else pytest.mark.slow,
+        )
+        for sizes in FACTORISATIONS
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -239,7 +249,7 @@ def test_rows_go_in_chunks_and_rounds(data):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", meshes(DEFAULT))
 def test_training(name, sizes, expected):
     found = run(loss_and_gradients, model_of(name, Sharding(), **sizes))
     wanted = expected[name][loss_and_gradients]
@@ -268,8 +278,14 @@ def test_training_with_whole_dense_weights(axes, expected):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("layout", ["training", "serving"])
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize(
+    ("layout", "sizes"),
+    [
+        case
+        for layout, default in DEFAULT_OF_LAYOUT.items()
+        for case in meshes(default, layout)
+    ],
+)
 def test_prefill_and_decoding(name, layout, sizes, expected):
     sharding = SERVING if layout == "serving" else Sharding()
     compare(run(serve, model_of(name, sharding, **sizes)), expected[name][serve])

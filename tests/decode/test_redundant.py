@@ -53,7 +53,9 @@ def test_logits_are_the_same(checkpoint, expected, redundant):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("sharding", [Sharding(), SERVING])
+@pytest.mark.parametrize(
+    "sharding", [pytest.param(Sharding(), marks=pytest.mark.slow), SERVING]
+)
 def test_decoding_is_the_same(checkpoint, expected, sharding):
     """Every device sees all tokens; one step after a prefill."""
     mesh = make_mesh(expert=4)

@@ -100,17 +100,18 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
+# By default all cases on two axes in chunks; of the rest the first, or two in chunks.
 @pytest.mark.parametrize(
-    ("data", "name", "config", "least"),
+    ("data", "name", "config", "least", "chunks"),
     [
         pytest.param(
             data,
             *case,
-            id=f"{case[0]}-{data}",
-            marks=pytest.mark.slow if data == 1 and number > 1 else (),
+            chunks,
+            id=f"{case[0]}-{data}-{chunks}",
+            marks=pytest.mark.slow if number >= default else (),
         )
-        for data in (1, 2)
+        for data, chunks, default in ((1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 2, 5))
         for number, case in enumerate(CASES)
     ],
 )

@@ -37,11 +37,17 @@ def test_absorbed_equals_expanded(mesh, rng, q_rank, scaling):
     mla = attention(q_rank, scaling)
     x = jnp.asarray(rng.standard_normal((2, 20, D)), jnp.float32)
     context = Context(positions_BT=jnp.broadcast_to(jnp.arange(20), (2, 20)))
-    q, latents = mla.queries(mla.query_latents(x)), mla.latents(x, context)
-    expanded = mla.expanded(q, *latents, context)
-    latent, rope = latents
-    cache = LatentCache(latent_YBSL=latent[None], rope_YBRS=rope.swapaxes(1, 2)[None])
-    absorbed = mla.absorbed(q, cache, 0, context)
+
+    @jax.jit
+    def both(x):
+        q, (latent, rope) = mla.queries(mla.query_latents(x)), mla.latents(x, context)
+        expanded = mla.expanded(q, latent, rope, context)
+        cache = LatentCache(
+            latent_YBSL=latent[None], rope_YBRS=rope.swapaxes(1, 2)[None]
+        )
+        return mla.absorbed(q, cache, 0, context), expanded
+
+    absorbed, expanded = both(x)
     assert expanded.std() > 0.3
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5)
 
@@ -73,7 +79,7 @@ def test_slots_past_the_end_are_dropped(mesh, rng):
     stack = type(stack)(
         latent_YBSL=jnp.full((2, 2, 4, 32), 7.0), rope_YBRS=jnp.full((2, 2, 8, 4), 7.0)
     )
-    _, after = mla(x, context, stack, jnp.int32(1))
+    _, after = jax.jit(mla)(x, context, stack, jnp.int32(1))
     changed = np.asarray((after.latent_YBSL != 7.0).any(axis=-1))
     assert np.argwhere(changed).tolist() == [[1, 1, 3]]
 
@@ -97,11 +103,15 @@ def decoded(config, mla, x, dtype, mesh):
     """A prompt of 20 kept, then 4 tokens at once: what they get, and the cache."""
     cache = empty_cache(config, batch=2, slots=24, dtype=dtype, mesh=mesh).segments[1]
     positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
-    x, positions = (jax.device_put(a, jax.P(BATCH)) for a in (x, positions))
-    prompt = Context(positions_BT=positions[:, :20], phase=Phase.PREFILL)
-    _, cache = mla(x[:, :20], prompt, cache, jnp.int32(1))
-    new = Context(positions_BT=positions[:, 20:], phase=Phase.DECODE)
-    return mla(x[:, 20:], new, cache, jnp.int32(1))
+
+    @jax.jit
+    def both(x, positions, cache):
+        prompt = Context(positions_BT=positions[:, :20], phase=Phase.PREFILL)
+        _, cache = mla(x[:, :20], prompt, cache, jnp.int32(1))
+        new = Context(positions_BT=positions[:, 20:], phase=Phase.DECODE)
+        return mla(x[:, 20:], new, cache, jnp.int32(1))
+
+    return both(*(jax.device_put(a, jax.P(BATCH)) for a in (x, positions)), cache)
 
 
 @pytest.mark.parametrize("wide", ["float32", "bfloat16"])

@@ -1,5 +1,6 @@
 """What the backward pass keeps under each choice of remat, and in which precision."""
 
+import functools
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -61,6 +62,7 @@ def loops(jaxpr):
                 yield from loops(part)
 
 
+@functools.cache
 def kept(config, remat, precision):
     """dtype and shape of all that the forward loop stacks for the backward loop."""
     mesh, of, arguments = gradient(config, remat, precision)
@@ -155,35 +157,42 @@ SMALL = replace(SMALL, segments=SMALL.segments[1:])
 TOKENS = np.random.default_rng(1).integers(0, 128, (8, 16), dtype=np.int32)
 
 
-def value_and_gradients(remat, **mesh):
-    model = Transformer.abstract(SMALL, remat=remat, mesh=make_mesh(**mesh))
+def value_and_gradients(remat, mtp, **mesh):
+    config = replace(SMALL, mtp=mtp)
+    model = Transformer.abstract(config, remat=remat, mesh=make_mesh(**mesh))
     fill(model, std=0.1)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def value(params):
         model = nnx.merge(graph, params, rest)
         hidden_BTD = model.forward(TOKENS).hidden_BTD
-        further_BTD, _ = model.predict_further(hidden_BTD, TOKENS)
-        return sum(
-            jnp.square(model.head(x)).mean()
-            for x in (model.final_norm(hidden_BTD), further_BTD)
-        )
+        normed = [model.final_norm(hidden_BTD)]
+        if mtp:
+            normed.append(model.predict_further(hidden_BTD, TOKENS)[0])
+        return sum(jnp.square(model.head(x)).mean() for x in normed)
 
     with jax.set_mesh(model.mesh):
         result = jax.jit(jax.value_and_grad(value))(params)
     return jax.tree.map(np.asarray, (result[0], nnx.to_pure_dict(result[1])))
 
 
-def test_gradients_are_the_same_and_on_every_mesh():
+@pytest.mark.parametrize(
+    ("remat", "mtp"),
+    [
+        (Remat.V3, False),
+        pytest.param(Remat.V3, True, marks=pytest.mark.slow),
+        pytest.param(Remat.FULL, True, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_are_the_same_and_on_every_mesh(remat, mtp):
     """On fsdp, expert and tensor axes against no remat on one device."""
-    value, expected = value_and_gradients(Remat.NONE)
+    value, expected = value_and_gradients(Remat.NONE, mtp)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert scale > 0.01
-    for remat in (Remat.FULL, Remat.V3):
-        again, found = value_and_gradients(remat, fsdp=2, expert=2, tensor=2)
-        np.testing.assert_allclose(again, value, rtol=1e-5)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale),
-            found,
-            expected,
-        )
+    again, found = value_and_gradients(remat, mtp, fsdp=2, expert=2, tensor=2)
+    np.testing.assert_allclose(again, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale),
+        found,
+        expected,
+    )

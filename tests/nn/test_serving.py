@@ -16,9 +16,14 @@ from tests.support import fill, random_model, random_tokens
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("tiny_v3", {"expert": 8}),
+        # The slow ones: `tests/test_meshes.py` has such meshes of another small MoE.
+        pytest.param("tiny_v3", {"expert": 8}, marks=pytest.mark.slow),
         ("tiny_v3", {"data": 2, "expert": 4}),
-        ("tiny_v2_lite", {"fsdp": 2, "expert": 2, "tensor": 2}),
+        pytest.param(
+            "tiny_v2_lite",
+            {"fsdp": 2, "expert": 2, "tensor": 2},
+            marks=pytest.mark.slow,
+        ),
         ("tiny_moe_16b", {"expert": 4, "tensor": 2}),
         ("tiny_llm_67b", {"data": 2, "expert": 4}),
     ],

@@ -35,9 +35,14 @@ def test_causality(name):
 
 MESHES = [
     ("tiny_v3", {"fsdp": 2, "expert": 4}),
-    ("tiny_v3", {"data": 2, "expert": 2, "tensor": 2}),
+    # The slow ones: gradients are compared below, decoding in `test_serving.py`.
+    pytest.param(
+        "tiny_v3", {"data": 2, "expert": 2, "tensor": 2}, marks=pytest.mark.slow
+    ),
     ("tiny_v2", {"fsdp": 2, "expert": 2, "tensor": 2}),
-    ("tiny_moe_16b", {"data": 2, "fsdp": 2, "expert": 2}),
+    pytest.param(
+        "tiny_moe_16b", {"data": 2, "fsdp": 2, "expert": 2}, marks=pytest.mark.slow
+    ),
     ("tiny_r1_distill_qwen_7b", {"data": 2, "fsdp": 2, "tensor": 2}),
 ]
 
@@ -78,7 +83,15 @@ def test_sharded_gradients_equal_unsharded(name):
     )
 
 
-@pytest.mark.parametrize("name", ["tiny_v3", "tiny_v2", "tiny_moe_16b", "tiny_llm_67b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny_v3",
+        pytest.param("tiny_v2", marks=pytest.mark.slow),
+        pytest.param("tiny_moe_16b", marks=pytest.mark.slow),
+        "tiny_llm_67b",
+    ],
+)
 def test_each_device_holds_an_eighth(name):
     model = Transformer.create(models.get(name), mesh=make_mesh(fsdp=2, expert=4))
     weights = {p: v[...] for p, v in flat(model).items() if not p.endswith("scale")}
@@ -95,7 +108,11 @@ def test_each_device_holds_an_eighth(name):
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [(name, {}) for name in KINDS] + [("tiny_v3", {"expert": 2, "tensor": 2})],
+    [
+        *((name, {}) for name in KINDS),
+        # `tests/test_meshes.py` and `test_serving.py` decode on meshes.
+        pytest.param("tiny_v3", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_cached_decode_equals_full_forward(name, sizes):

@@ -294,7 +294,10 @@ def test_swiglu_without_a_scale(rng):
 
 @pytest.mark.parametrize(
     ("implementation", "w_dtype"),
-    [("tpu", jnp.float32), *((name, jnp.bfloat16) for name in IMPLEMENTATIONS)],
+    [
+        pytest.param("tpu", jnp.float32, marks=pytest.mark.slow),
+        *((name, jnp.bfloat16) for name in IMPLEMENTATIONS),
+    ],
 )
 def test_one_layer_among_all(rng, implementation, w_dtype):
     """As with that layer's matrices alone; the others may hold anything."""

@@ -167,12 +167,32 @@ def test_asked_to_stop_while_it_compiles(tmp_path):
     assert runs.rows(out) == []
 
 
-MESH = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+ON_EIGHT = [f"--set=mesh.{axis}=2" for axis in ("data", "fsdp", "expert")]
+ON_EIGHT += ["--set=microbatch=8"]
 QUIET = ["--set=evaluation.every_steps=0"]  # one program less to compile
 
 
+@pytest.fixture(
+    scope="module", params=["dense", pytest.param("run", marks=pytest.mark.slow)]
+)
+def name(request):
+    """Of an experiment. What these tests are about is data, checkpoints and resuming,
+    not experts, whose step takes most of a minute to compile for several devices.
+    """
+    return f"tests.train.tiny.{request.param}"
+
+
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory, finished):
+def one(tmp_path_factory, name):
+    """The first twelve steps on one device."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    args = [name, *TOKENS, *QUIET, "--out", str(out), "--steps=12"]
+    assert cli.main(["train", *args]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory, name):
     """The first six steps on eight devices; how often each step compiled."""
     made, make_step = [], build.make_step
 
@@ -181,10 +201,10 @@ def eight(tmp_path_factory, finished):
         return made[-1]
 
     out = tmp_path_factory.mktemp("runs") / "eight"
-    args = ["train", "tests.train.tiny.run", *TOKENS, *MESH, *QUIET, "--out", str(out)]
+    args = [name, *TOKENS, *QUIET, *ON_EIGHT, "--out", str(out), "--steps=6"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "make_step", noted)
-        assert cli.main([*args, "--set=microbatch=8", "--steps=6"]) == 0
+        assert cli.main(["train", *args]) == 0
     return out, [step.compiled._cache_size() for step in made]
 
 
@@ -200,16 +220,16 @@ def assert_close(ours, theirs, *, steps):
             assert one[name] == pytest.approx(other[name], rel=1e-4), name
 
 
-def test_resumes_on_another_mesh(finished, eight, cache, tmp_path):
+def test_resumes_on_another_mesh(name, one, eight, cache, tmp_path):
     """Six steps on eight devices, as one program; the rest on one device."""
     out, compiled = shutil.copytree(eight[0], tmp_path / "run"), eight[1]
     assert compiled == [1]
     more = [*TOKENS, *QUIET, "--resume", "--steps=12"]
-    runs.finish(runs.launch(out, *more, cache=cache))
-    assert_close(out, finished[0], steps=12)
+    runs.finish(runs.launch(out, name, *more, cache=cache))
+    assert_close(out, one, steps=12)
 
 
-def test_two_processes(finished, eight, cache, tmp_path):
+def test_two_processes(name, one, eight, cache, tmp_path):
     """Four devices each, as one process of eight; resumed by one process of one device."""
     out = tmp_path / "run"
     with socket.socket() as found:
@@ -217,9 +237,9 @@ def test_two_processes(finished, eight, cache, tmp_path):
         port = found.getsockname()[1]
     together = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    args = [*TOKENS, *MESH, *QUIET, "--set=microbatch=8", "--steps=3", *together]
+    args = [*TOKENS, *QUIET, *ON_EIGHT, "--steps=3", *together]
     children = [
-        runs.launch(out, *args, f"--process-id={index}", XLA_FLAGS=flags)
+        runs.launch(out, name, *args, f"--process-id={index}", XLA_FLAGS=flags)
         for index in range(2)
     ]
     try:
@@ -231,8 +251,8 @@ def test_two_processes(finished, eight, cache, tmp_path):
     assert "saved" not in outputs[1], "gloo prints there, the run does not"
     assert_close(out, eight[0], steps=3)
     more = [*TOKENS, *QUIET, "--resume", "--steps=6"]
-    runs.finish(runs.launch(out, *more, cache=cache))
-    assert_close(out, finished[0], steps=6)
+    runs.finish(runs.launch(out, name, *more, cache=cache))
+    assert_close(out, one, steps=6)
 
 
 def copy_of(run, place):

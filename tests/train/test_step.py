@@ -51,9 +51,13 @@ def batch(rows=TOKENS, *, microbatches=1, **more):
     return {k: v.reshape(microbatches, -1, v.shape[1]) for k, v in arrays.items()}
 
 
-@functools.cache
 def compiled(mesh="one", *, config=CONFIG, objective=OBJECTIVE):
     """(model, fresh state, step) on a mesh; compiled once for all tests."""
+    return _compiled(mesh, config, objective)
+
+
+@functools.cache  # to which an argument by name or by default is another one
+def _compiled(mesh, config, objective):
     model = Transformer.create(config, seed=0, mesh=make_mesh(**MESHES[mesh]))
     step = make_step(model, optimizer=AdamW(), objective=objective, ema=EMA)
     return model, lambda: init_state(model, AdamW(), ema=EMA), step
@@ -130,9 +134,10 @@ def test_everything_rests_where_its_weight_does():
 def test_biases_move_by_the_load_of_the_whole_batch():
     """gamma * sign(mean - load) exactly, also when it came in microbatches; no moments,
     no decay."""
-    _, fresh, step = compiled("many")
-    for microbatches in (1, 4):
-        rows = batch(microbatches=microbatches, segments=SEGMENTS)
+    in_four = batch(microbatches=4, segments=SEGMENTS)
+    # The first is compiled for other tests, too; the other one is for one device.
+    for mesh, rows in (("many", batch()), ("one", in_four)):
+        _, fresh, step = compiled(mesh)
         state, metrics = step(fresh(), rows, RATES)
         stacked, mtp = (np.asarray(state.biases[path]) for path in BIASES)
         load_LE = np.asarray(metrics.load_LE)
@@ -303,10 +308,17 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
     _, fresh, step = compiled()
     good, _ = step(fresh(), batch(), RATES)
     path = "segments.0.attention.o_DNH"
-    weight = np.array(good.params[path])
+    weight, place = np.array(good.params[path]), good.params[path].sharding
     infinite = weight.copy()
     infinite.flat[0] = np.inf
-    bad = replace(good, params={**good.params, path: jnp.asarray(infinite)})
+
+    def holding(state, weight):
+        """Placed as the weight rests: elsewhere the step would be compiled again."""
+        return replace(
+            state, params={**state.params, path: jax.device_put(weight, place)}
+        )
+
+    bad = holding(good, infinite)
     before = jax.device_get(bad)
     after, metrics = step(bad, batch(), RATES)
     assert bool(metrics.skipped) and not np.isfinite(metrics.gradient_norm)
@@ -314,8 +326,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
     jax.tree.map(
         np.testing.assert_array_equal, replace(after, step=before.step), before
     )
-    mended = replace(after, params={**after.params, path: jnp.asarray(weight)})
-    final, metrics = step(mended, batch(), RATES)
+    final, metrics = step(holding(after, weight), batch(), RATES)
     assert not metrics.skipped and np.isfinite(metrics.loss)
     assert int(final.moments[1].count) == 2, "Adam counts the updates that were made"
 

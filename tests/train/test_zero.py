@@ -24,7 +24,8 @@ from dsjax.train.step import init_state, make_step, rates, write_back
 from dsjax.train.zero import gathered, spread
 from tests.train import tiny
 
-CONFIG = replace(models.shrink(models.v3(), vocab_size=128, width=16), mtp=False)
+CONFIG = models.shrink(models.v3(), vocab_size=128, width=16)
+CONFIG = replace(CONFIG, segments=CONFIG.segments[1:], mtp=False)
 OBJECTIVE = Objective(sequence_balance=0.05, bias_speed=0.01)
 START = Progress(step=0, tokens=0, total_tokens=2000)
 TOKENS = np.random.default_rng(0).integers(0, 128, (2, 8, 17)).astype(np.int32)
