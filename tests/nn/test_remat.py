@@ -64,19 +64,24 @@ def loops(jaxpr):
 
 @functools.cache
 def kept(config, remat, precision):
-    """dtype and shape of all that the forward loop stacks for the backward loop."""
+    """dtype and shape of all that the forward loop stacks for the backward loop, but for
+    what it stacks anyway.
+    """
     mesh, of, arguments = gradient(config, remat, precision)
     with jax.set_mesh(mesh):
         loop, *_ = loops(of.trace(*arguments).jaxpr.jaxpr)
     layers = config.segments[0].count  # no other first axis is as long
-    stacked = [x.aval for x in loop.outvars if x.aval.shape[:1] == (layers,)]
-    layer = [(str(x.dtype), x.shape[1:]) for x in stacked]
+    body = loop.params["jaxpr"]
+    pairs = zip(loop.outvars, getattr(body, "jaxpr", body).outvars)
+    # By what they are of: JAX before 0.11 stacks twice what is both given out and kept.
+    stacked = {of: x.aval for x, of in pairs if x.aval.shape[:1] == (layers,)}
+    layer = [(str(x.dtype), x.shape[1:]) for x in stacked.values()]
     return Counter(layer[ROUTING:])
 
 
 BF16, F32, I32 = "bfloat16", "float32", "int32"
 STREAM = (BF16, (B, T, 40))
-V3 = Counter(
+V3 = Counter(  # the chosen experts are among the routing's figures
     {
         STREAM: 2,  # before attention, before the feed-forward: their norms are redone
         (BF16, (B, T, 22)): 1,  # query latent, before its norm
@@ -84,7 +89,6 @@ V3 = Counter(
         (BF16, (B, T, 5, 1, 9)): 1,  # what attention gives
         (F32, (B, T, 5, 1)): 1,  # its log-sum-exp
         (F32, (B, T, 6)): 1,  # router logits
-        (I32, (B, T, 2)): 1,  # the chosen experts
         (I32, (6,)): 1,  # how many rows each expert has
         (I32, (ROWS,)): 1,  # which choice each row is
         (I32, (ROWS // 2, 2)): 1,  # where each choice's row is
