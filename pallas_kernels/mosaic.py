@@ -26,6 +26,16 @@ def load(ref, *, layout, optimized: bool = True) -> Array:
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
+def store(ref, value: Array) -> None:
+    """Writes all of a reference, even where lanes do not fill whole sectors of memory:
+    since JAX 0.12 that has to be asked for.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def copy_rows(tile, y, start, count) -> None:
     """Copies the first `count` rows of a tile to rows from `start` on: at once, or in
     runs of powers of two, since the size of a copy is fixed when it is compiled.

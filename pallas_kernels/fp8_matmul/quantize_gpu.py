@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.fp8_matmul.quantize import BLOCK, E4M3, LARGEST, LEAST
-from pallas_kernels.mosaic import is_hopper, load
+from pallas_kernels.mosaic import is_hopper, load, store
 
 ROWS = 64  # of a block of the grid
 VECTOR = 16  # bytes that a lane reads at once
@@ -58,7 +58,7 @@ def _rows(x_MK: Array) -> tuple[Array, Array]:
         largest = jnp.maximum(jnp.abs(values).max(1), LEAST)
         inverse = lax.broadcast_in_dim(LARGEST / largest, values.shape, [0])
         q[here] = (values * plgpu.layout_cast(inverse, layout)).astype(E4M3)
-        scale[rows, k] = largest * (1 / LARGEST)
+        store(scale.at[rows, k], largest * (1 / LARGEST))
 
     return plgpu.kernel(
         kernel,

@@ -145,7 +145,8 @@ def test_cached_decode_equals_full_forward(name, sizes):
             given = np.take_along_axis(tokens, at[:, None], axis=1)
             logits, cache = step(state, given, cache)
             expected = full[np.arange(4), at]
-            np.testing.assert_allclose(np.asarray(logits)[:, 0], expected, atol=1e-5)
+            # Logits reach 4: 5e-6 of them, which float32's sums in another order take.
+            np.testing.assert_allclose(np.asarray(logits)[:, 0], expected, atol=2e-5)
 
 
 def test_documents_do_not_mix():
