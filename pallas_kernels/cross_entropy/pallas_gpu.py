@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import load
+from pallas_kernels.mosaic import is_hopper, load
 
 BLOCKS = 2 * 132  # of the grid: two for each SM of an H100 or H200
 SMEM = 104 * 2**10  # bytes of logits that a block holds
@@ -33,10 +33,7 @@ def lacks(shape: tuple[int, ...], dtype: DTypeLike, gradient: DTypeLike) -> str:
         return f"makes gradients in bfloat16 or float32 ({gradient})"
     if shape[1] % LINE:
         return f"takes a vocabulary that {LINE} divides ({shape})"
-    if jax.default_backend() != "gpu":  # compiled ahead of time: for a Hopper GPU
-        return ""
-    capability = jax.devices()[0].compute_capability
-    return "" if capability.startswith("9.") else "needs a GPU of Hopper's generation"
+    return "" if is_hopper() else "needs a GPU of Hopper's generation"
 
 
 def cross_entropy(

@@ -11,7 +11,6 @@ Letters: M rows, K inner, N outer, G groups; k, n blocks of 128.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from pallas_kernels.fp8_matmul.products_gpu import (
     start_product,
 )
 from pallas_kernels.fp8_matmul.quantize import BLOCK
+from pallas_kernels.grouped_matmul.ring_gpu import to_be_free
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     SMS,
     Schedule,
@@ -134,9 +134,6 @@ def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
     pair = M >= MANY_ROWS * G
     plan = _Plan(M, N, K, G, jnp.dtype(dtype), pair)
     tiles = schedule(sizes, M, plan.rows)
-    empty = plgpu.Barrier
-    if pair:
-        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
 
     def kernel(*refs):
         *refs, y = refs
@@ -152,7 +149,7 @@ def _product(x, x_scale, w, w_scale, sizes, dtype) -> Array:
             plgpu.SMEM((BUFFERS, W_ROWS, TOGETHER), jnp.float32),
             _two_views((2, HALF, plan.chunk), plan.dtype),
             plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-            empty(num_arrivals=2, num_barriers=STAGES),
+            to_be_free(STAGES, pair=pair),
             collective_axes="warpgroup",
         )
 

@@ -206,6 +206,17 @@ def call(kernel: Callable, outputs: list, *operands: Array, blocks: int = 1):
     )(*operands)
 
 
+def to_be_free(buffers: int, *, pair: bool):
+    """Barriers that say when buffers may be filled anew: both warpgroups are done with
+    them; of two blocks that fill each other's, both blocks'.
+    """
+    if pair:
+        return plgpu.ClusterBarrier(
+            collective_axes=("pair",), num_arrivals=2, num_barriers=buffers
+        )
+    return plgpu.Barrier(num_arrivals=2, num_barriers=buffers)
+
+
 def padded(a: Array, *multiples: int) -> Array:
     """With zeros up to multiples of these in its last axes; 2-dimensional ones with a
     tile's rows at least, and at least two lines wide: Mosaic drops the index of an axis

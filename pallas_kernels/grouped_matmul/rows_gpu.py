@@ -34,6 +34,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     run,
     smem,
     smem_of_any_row,
+    to_be_free,
     to_leave,
 )
 from pallas_kernels.grouped_matmul.tiles_gpu import (
@@ -158,10 +159,6 @@ def multiply_rows(
         scales = (jnp.pad(scale_M.astype(jnp.float32), (0, more)),)
     out = jax.ShapeDtypeStruct((M, outer), dtype)
 
-    empty = plgpu.Barrier
-    if tiles.pair:
-        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
-
     def kernel(*refs):
         def scope(*buffers):
             block = _Rows(plan, refs, *buffers)
@@ -176,7 +173,7 @@ def multiply_rows(
             smem(lines, dtype),
             smem_of_any_row((2, tiles.leaving, CHUNK_ROWS), dtype, LINE, LINE // 2),
             plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiles.stages),
-            empty(num_arrivals=2, num_barriers=tiles.stages),
+            to_be_free(tiles.stages, pair=tiles.pair),
             collective_axes="warpgroup",
         )
 

@@ -7,8 +7,6 @@ the pass that did so took as long as the product.
 Letters: M rows, I inner (SwiGLU's width), O outer, G groups, A tiles in a row of them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,6 +24,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     run,
     smem,
     smem_of_any_row,
+    to_be_free,
 )
 from pallas_kernels.grouped_matmul.rows_gpu import _lying, _Rows, _RowsPlan
 from pallas_kernels.grouped_matmul.tiles_gpu import LINE, Tiles, row_tiles
@@ -70,9 +69,6 @@ def swiglu_gradient(
         *(M, outer, gated.shape[1], groups, dtype),
     )
     scale = jnp.pad(scale_M.astype(jnp.float32), (0, M - rows + tiles.all_rows))
-    empty = plgpu.Barrier
-    if tiles.pair:
-        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
 
     def kernel(*refs):
         def scope(*buffers):
@@ -87,7 +83,7 @@ def swiglu_gradient(
             smem_of_any_row((2, SLOTS, CHUNK_ROWS * WIDTH // LINE), dtype, WIDTH),
             plgpu.SMEM((2, CHUNK_ROWS, LANES), jnp.float32),
             plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiles.stages),
-            empty(num_arrivals=2, num_barriers=tiles.stages),
+            to_be_free(tiles.stages, pair=tiles.pair),
             plgpu.Barrier(num_arrivals=2, num_barriers=2 * SLOTS),
             collective_axes="warpgroup",
         )

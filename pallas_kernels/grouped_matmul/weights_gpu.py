@@ -3,8 +3,6 @@
 Letters: M rows, I inner, O outer, G groups.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,6 +21,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     padded,
     run,
     smem,
+    to_be_free,
     to_leave,
 )
 from pallas_kernels.grouped_matmul.tiles_gpu import (
@@ -50,9 +49,6 @@ def weight_gradient(
     tiles = tiles or weight_tiles(dy_MO.shape[0], groups, outer, inner)
     stages, leaving = tiles.stages, tiles.leaving
     chunk = 128 // jnp.dtype(dtype).itemsize
-    empty = plgpu.Barrier
-    if tiles.pair:
-        empty = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",))
 
     def kernel(*refs):
         def scope(*buffers):
@@ -65,7 +61,7 @@ def weight_gradient(
             smem((stages, LINE, tiles.columns), x_MI.dtype),
             smem((2, leaving, CHUNK_ROWS, chunk), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            empty(num_arrivals=2, num_barriers=stages),
+            to_be_free(stages, pair=tiles.pair),
             plgpu.Barrier(num_arrivals=2),
             collective_axes="warpgroup",
         )

@@ -4,7 +4,6 @@ values mean; the compiled Hopper kernel, and its results on a GPU (`pytest -m gp
 
 import inspect
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from pallas_kernels.fp8_matmul import (
     quantize_rows,
 )
 from pallas_kernels.fp8_matmul.quantize import LEAST, dequantize
-from pallas_kernels.grouped_matmul.tiles_gpu import place, schedule, tile_count, walk
+from pallas_kernels.grouped_matmul.tiles_gpu import place, schedule, tile_count
 from tests.pallas_kernels.h200 import compile_for_h200
 
 QUANTISERS = {"rows": (quantize_rows, 1), "blocks": (quantize_blocks, 128)}
@@ -86,16 +85,6 @@ def test_every_row_is_in_one_tile(sizes, tile):
         owner[rows] = group
     groups = np.repeat(range(len(sizes) + 1), [*sizes, surplus])
     np.testing.assert_array_equal(owner, groups)
-
-
-@pytest.mark.parametrize("down", [1, 5, 40])
-@pytest.mark.parametrize("across", [1, 7, 8, 11, 16])
-def test_a_walk_meets_every_tile_once(down, across):
-    index = jnp.arange(down * across)
-    row, column = jax.vmap(lambda i: walk(i, jnp.int32(down), across, 8))(index)
-    met = np.zeros((down, across), int)
-    np.add.at(met, (np.asarray(row), np.broadcast_to(column, index.shape)), 1)
-    assert (met == 1).all()
 
 
 def relative_error(found, exact):
