@@ -36,6 +36,7 @@ OPERATIONS = (
     "grouped_matmul",
     "fp8_matmul",
     "cross_entropy",
+    "spread_rows",
 )
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.spread_rows.api import spread_rows
+
 BLOCK = 128  # elements that are compared with each other
 
 
@@ -21,7 +23,9 @@ def gather_rows(
     x: Float[Array, "N ..."], row_M: Int[Array, " M"], places_NR: Int[Array, "N R"]
 ) -> Float[Array, "M ..."]:
     """x[row]; `places` are where each row went."""
-    return _take(x, row_M)
+    if x.ndim == 2:
+        return spread_rows(x, places_NR, row_M)
+    return _elements(x, row_M)
 
 
 @jax.custom_vjp
@@ -33,24 +37,9 @@ def sum_rows(
     return sum(columns)
 
 
-def _take(x: Array, index: Array) -> Array:
-    """x[index], zeros for an index past the end."""
-    if x.ndim != 2 or x.dtype.itemsize != 2 or x.shape[1] % 2:
-        return _elements(x, index)
-    return jax.lax.platform_dependent(x, index, cuda=_pairs, default=_elements)
-
-
 def _elements(x: Array, index: Array) -> Array:
+    """x[index], zeros for an index past the end."""
     return x.at[index].get(mode="fill", fill_value=0)
-
-
-def _pairs(x: Array, index: Array) -> Array:
-    """The same, two 16-bit elements at once: a GPU's gather is bound by how many it is
-    to find, and takes 0.7 of the time.
-    """
-    pairs = jax.lax.bitcast_convert_type(x.reshape(len(x), -1, 2), jnp.uint32)
-    taken = jax.lax.bitcast_convert_type(_elements(pairs, index), x.dtype)
-    return taken.reshape(len(index), -1)
 
 
 # The empty arrays carry dtypes from one direction to the other.

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.nn import rows
 from dsjax.nn.rows import gather_rows, inverse, sum_rows
 
 N, R, M, D = 11, 3, 40, 24
@@ -23,16 +22,6 @@ def places(rng):
 def row(places):
     """The row that is at each place, N for none."""
     return inverse(places.reshape(-1), M, nowhere=N * R) // R
-
-
-@pytest.mark.parametrize("take", [rows._take, rows._pairs])
-def test_rows_are_taken_and_zeros_past_the_end(rng, take):
-    x = jnp.asarray(rng.standard_normal((N, D)), jnp.bfloat16)
-    index = rng.integers(0, N + 4, M)
-    expected = np.where((index < N)[:, None], np.asarray(x)[index % N], 0)
-    found = take(x, jnp.asarray(index))
-    assert found.dtype == x.dtype
-    np.testing.assert_array_equal(found, expected)
 
 
 def test_each_is_the_others_gradient(rng, places, row):
