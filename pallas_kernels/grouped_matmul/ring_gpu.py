@@ -105,43 +105,31 @@ class Ring(NamedTuple):
         lax.fori_loop(0, steps, one, step)
 
 
-@runtime_checkable
-class Order(Protocol):
-    """In which a cluster does its tiles."""
-
-    def first(self) -> tuple:
-        """The state that it begins with, and how many tiles it does."""
-
-    def following(self, done, state) -> tuple:
-        """The number of the next tile, after so many and in that state; the next state."""
-
-
 class BackAndForth(NamedTuple):
-    """Every cluster does a tile of each wave, the last of one wave the first of the next:
-    tiles get smaller. What is done says all; there is no state.
+    """The order of tiles: every cluster does one of each wave, the last of one wave the
+    first of the next, since tiles get smaller.
     """
 
     tiles: Int[Array, ""] | int  # of all clusters
-    waves: Int[Array, ""] | int  # all of them whole
     clusters: int
     cluster: Int[Array, ""]
 
-    def first(self) -> tuple:
-        """See `Order`."""
-        more = (self.following(self.waves, ())[0] < self.tiles).astype(jnp.int32)
-        return (), self.waves + more
+    @property
+    def count(self) -> Int[Array, ""]:
+        """Tiles of this cluster."""
+        waves = lax.div(self.tiles, self.clusters)  # whole ones
+        return waves + (self.number(waves) < self.tiles).astype(jnp.int32)
 
-    def following(self, done, state) -> tuple:
-        """See `Order`."""
+    def number(self, wave) -> Int[Array, ""]:
+        """Its tile of a wave."""
         turned = self.clusters - 1 - self.cluster
-        here = jnp.where(lax.rem(done, 2) == 0, self.cluster, turned)
-        return done * self.clusters + here, state
+        here = jnp.where(lax.rem(wave, 2) == 0, self.cluster, turned)
+        return wave * self.clusters + here
 
 
 def back_and_forth(tiles: Int[Array, ""] | int, blocks: int) -> BackAndForth:
     """Of so many tiles, of clusters of so many blocks."""
-    clusters, cluster = SMS // blocks, lax.axis_index("cluster")
-    return BackAndForth(tiles, lax.div(tiles, clusters), clusters, cluster)
+    return BackAndForth(tiles, SMS // blocks, lax.axis_index("cluster"))
 
 
 @runtime_checkable
@@ -151,7 +139,7 @@ class Block(Protocol):
     """
 
     ring: Ring
-    order: Order
+    order: BackAndForth
 
     def copy_tile(self, index, step):
         """Copies in what a tile needs."""
@@ -165,13 +153,10 @@ def run(block: Block, blocks: int = 1) -> None:
     warpgroup = lax.axis_index("warpgroup")
 
     def each(one_tile):
-        def one(done, carry):
-            state, step = carry
-            index, state = block.order.following(done, state)
-            return state, one_tile(index, step)
+        def one(wave, step):
+            return one_tile(block.order.number(wave), step)
 
-        state, count = block.order.first()
-        return lax.fori_loop(0, count, one, (state, 0))[1]
+        return lax.fori_loop(0, block.order.count, one, 0)
 
     @pl.when(warpgroup == 2)
     def _():

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.grouped_matmul.items_gpu import (
+    Grid,
     Items,
     ItemSchedule,
     schedule_items,
@@ -25,7 +26,7 @@ from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer, apart
 from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
-    Order,
+    BackAndForth,
     Ring,
     back_and_forth,
     call,
@@ -39,7 +40,6 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
 )
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LINE,
-    SMS,
     Schedule,
     Tiles,
     place,
@@ -109,10 +109,16 @@ class _RowsPlan:
         """Arrays that are written."""
         return self.parts * self.products + self.scaled
 
+    @property
+    def grid(self) -> Grid:
+        """Of items."""
+        rows = self.M, self.groups, self.tiles.half
+        return Grid(*rows, self.across, self.tiles.band)
+
     def schedule(self, sizes_G: Int[Array, " G"]) -> Schedule | ItemSchedule:
         """Whose rows are which."""
         if self.tiles.items:
-            return schedule_items(sizes_G, self.M, self.tiles.half, self.across)
+            return schedule_items(sizes_G, self.grid)
         return schedule(sizes_G, self.M, self.tiles.all_rows)
 
 
@@ -199,16 +205,12 @@ class _Rows:
         self.out = {LINE: out[:2], LINE // 2: narrow}
         self.ring = Ring(plan.tiles.stages, full, free)
 
-    def order_of(self, schedule) -> Order:
+    def order_of(self, schedule) -> BackAndForth:
         """The order of tiles, by the schedule's references."""
         plan, tiles = self.plan, self.plan.tiles
         if tiles.items:
-            self.items = Items(
-                *(ItemSchedule(*schedule), plan.M, plan.groups, tiles.half),
-                *(plan.across, tiles.band, SMS // tiles.blocks),
-                lax.axis_index("cluster"),
-            )
-            return self.items
+            self.items = Items(ItemSchedule(*schedule), plan.grid)
+            return back_and_forth(self.items.count, tiles.blocks)
         self.schedule = Schedule(*schedule)
         self.down = tile_count(self.schedule, plan.M, tiles.all_rows)
         return back_and_forth(self.down * plan.across, tiles.blocks)

@@ -62,8 +62,7 @@ def swiglu_gradient(
     w, first = _lying(w_GOI)
     (M, outer), groups, dtype = dy.shape, sizes_G.shape[0], dy.dtype
     tiles = tiles or row_tiles(M, groups, gated.shape[1], outer, turned=False)
-    # The products' chunks take the memory of a stage. As items it has not been run.
-    tiles = tiles._replace(stages=3, items=False)
+    tiles = tiles._replace(stages=3)  # the products' chunks take the memory of a stage
     plan = _Plan(
         *(tiles, False, 1, 1, False, False),
         *(M, outer, gated.shape[1], groups, dtype),

@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
     band: int = 8  # columns of tiles that are walked together; by group, rows of tiles
     pair: bool = False  # two blocks of a cluster share a matrix, each has its own rows
     by_group: bool = False  # all of a group's tiles follow each other
-    items: bool = False  # a pair's, which shares rows where few are left: `items_gpu`
+    items: bool = False  # a pair shares rows where few are left: see `items_gpu`
 
     @property
     def blocks(self) -> int:
@@ -65,10 +65,9 @@ def row_tiles(
     whose columns are contiguous (not `turned`) come in whole lines.
 
     Two blocks read a matrix together where groups are so small that reading is all, or
-    so large that few tiles are not full. A tile of LONG rows takes so much time that the
-    few count, and that some clusters get one more than others: such rows are dealt out as
-    items. Groups that are not large are walked one after the other: their matrices are
-    read from memory, each once.
+    so large that few tiles are not full. In between, and where a tile of LONG rows takes so
+    much time that the few count, they do items. Groups that are not large are walked one
+    after the other: their matrices are read from memory, each once.
     """
     candidates = [Tiles(128, 256), Tiles(128, 224), Tiles(256, 128)]
     unit = LINE // 2 if turned else LINE
@@ -80,10 +79,12 @@ def row_tiles(
 
     best = min(whole, key=multiplied)
     small, large = rows < SMALL * groups, rows >= LARGE * groups
-    pair = best.rows == 128 and (small or large)
+    best = best._replace(pair=best.rows == 128)
+    if best.pair and not small and (inner >= LONG or not large):
+        return best._replace(items=True)
     if large:
-        return best._replace(pair=pair, items=pair and inner >= LONG)
-    return best._replace(pair=pair, by_group=True, band=32 if small else 16)
+        return best
+    return best._replace(by_group=True, band=32 if small else 16)
 
 
 def weight_tiles(rows: int, groups: int, outer: int, inner: int) -> Tiles:

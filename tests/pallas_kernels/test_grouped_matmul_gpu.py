@@ -14,7 +14,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
 )
-from pallas_kernels.grouped_matmul.items_gpu import Items, most_items, schedule_items
+from pallas_kernels.grouped_matmul.items_gpu import Grid, Items, schedule_items
 from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LARGE,
@@ -79,27 +79,11 @@ def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, 
     assert groups == sorted(groups)
 
 
-@functools.partial(jax.jit, static_argnums=range(1, 6))
-def all_items(sizes, rows, unit, across, band, clusters):
-    """In the order of each cluster: places in the table, groups and items; and how many
-    a cluster does, and there are of each kind.
-    """
-    table = schedule_items(sizes, rows, unit, across)
-    grid = table, rows, sizes.shape[0], unit, across, band, clusters
-
-    def each(cluster):
-        items = Items(*grid, cluster)
-
-        def one(state, done):
-            index, state = items.following(done, state)
-            return state, (index, *items.item(index))
-
-        state, count = items.first()
-        return count, jax.lax.scan(one, state, jnp.arange(longest))[1]
-
-    longest = sum(most_items(rows, sizes.shape[0], unit, across)) // clusters + 2
-    count, found = jax.vmap(each)(jnp.arange(clusters))
-    return *found, count, Items(*grid, 0).counts
+@functools.partial(jax.jit, static_argnums=1)
+def all_items(sizes, grid):
+    """How many there are; groups and items, in order, and further ones that are not."""
+    items = Items(schedule_items(sizes, grid), grid)
+    return items.count, *jax.vmap(items.item)(jnp.arange(grid.most))
 
 
 def random_sizes(count, groups=8):
@@ -117,45 +101,42 @@ def random_sizes(count, groups=8):
 @pytest.mark.parametrize(("unit", "band"), [(64, 8), (64, 2), (128, 1)])
 def test_every_row_is_in_one_item_of_each_column(across, unit, band):
     for sizes in random_sizes(40):
-        found = jax.tree.map(np.asarray, all_items(sizes, M, unit, across, band, 5))
-        _, groups, items, counts, total = found
-        most = most_items(M, len(sizes), unit, across)
-        assert total.full <= most.full and total.short <= most.short
-        assert counts.sum() == sum(total)
+        grid = Grid(M, len(sizes), unit, across, band)
+        count, groups, items = jax.tree.map(np.asarray, all_items(sizes, grid))
+        assert count <= grid.most
         owner = np.full((M, across), -1)
-        for which in np.argwhere(np.arange(groups.shape[1]) < counts[:, None]):
-            row, rows, column, wide = (field[tuple(which)] for field in items)
+        for group, row, rows, column, wide in list(zip(groups, *items))[:count]:
             here = owner[row : row + rows, column : column + 1 + wide]
             assert here.shape == (rows, 1 + wide)
             assert 0 < rows <= (2 if wide else 4) * unit
             assert (here == -1).all()
-            here[:] = groups[tuple(which)]
+            here[:] = group
         expected = np.repeat(range(len(sizes) + 1), [*sizes, M - sum(sizes)])
         np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
 
 
-def test_clusters_have_as_much_to_do_and_groups_stay_together():
-    rows, groups, clusters, across = 24576, 64, 66, 11
+def test_items_that_share_a_matrix_or_rows_follow_each_other():
+    rows, groups, across = 24576, 64, 11
     shares = np.random.default_rng(0).dirichlet([5.0] * groups)
     sizes = np.diff(np.round(np.cumsum(shares) * rows).astype(int), prepend=0)
-    found = all_items(jnp.asarray(sizes), rows, 64, across, 8, clusters)
-    index, group, _, counts, _ = jax.tree.map(np.asarray, found)
-    real = np.arange(index.shape[1]) < counts[:, None]
-    cost = np.where(index < most_items(rows, groups, 64, across).full, 1.0, 0.5) * real
-    assert cost.sum(1).max() - cost.sum(1).mean() < 1
-    ends = np.cumsum(cost, 1)
-    for each in range(groups):  # of about 20 items, while 66 are done at once
-        assert np.ptp(ends[real & (group == each)]) <= 2.5
+    grid = Grid(rows, groups, 64, across, 8)
+    found = jax.tree.map(np.asarray, all_items(jnp.asarray(sizes), grid))
+    count, group, item = found
+    assert (np.diff(group[:count]) >= 0).all()
+    for each in range(groups):
+        columns = item.column[:count][group[:count] == each]
+        both = columns // 2  # of whole bands one after the other: here there is one
+        assert (np.diff(both) >= 0).all() and both.max() == across // 2
+        assert max(np.bincount(both)) <= 2 * -(-sizes[each] // 256) + 2
 
 
 @pytest.mark.parametrize("tiles", [0, 3, 5, 12, 15, 19])
 def test_back_and_forth_every_tile_is_done_once(tiles):
     clusters, done = 5, []
     for cluster in range(clusters):
-        order = BackAndForth(tiles, tiles // clusters, clusters, cluster)
-        state, count = order.first()
-        mine = [int(order.following(wave, state)[0]) for wave in range(int(count))]
-        assert all(index // clusters == wave for wave, index in enumerate(mine))
+        order = BackAndForth(tiles, clusters, cluster)
+        mine = [int(order.number(wave)) for wave in range(int(order.count))]
+        assert all(number // clusters == wave for wave, number in enumerate(mine))
         done += mine
     assert sorted(done) == list(range(tiles))
 
@@ -192,28 +173,34 @@ def test_tiles_multiply_few_columns_in_vain():
     assert weight_tiles(32768, 64, 1280, 896)[:2] == (256, 128)
 
 
-def test_blocks_share_matrices_of_small_and_of_large_groups():
-    def tiles(rows, inner):
-        return row_tiles(rows, 64, 512, inner, turned=True)
+def test_blocks_share_what_they_read_unless_tiles_are_tall():
+    def tiles(rows, inner=1024, outer=512, **options):
+        tiles = row_tiles(rows, 64, outer, inner, **{"turned": True} | options)
+        return tiles.pair, tiles.by_group
 
     sizes = 2**13, 2**15, 2**17
-    assert [tiles(rows, 1024).pair for rows in sizes] == [True, False, True]
-    assert [tiles(rows, 8192).pair for rows in sizes] == [True, False, True]
-    assert [tiles(rows, 1024).by_group for rows in sizes] == [True, True, False]
+    assert [tiles(rows) for rows in sizes] == [
+        (True, True),
+        (True, False),
+        (True, False),
+    ]
+    tall = [tiles(rows, outer=896, turned=False) for rows in sizes]
+    assert tall == [(False, True), (False, True), (False, False)]
 
 
-def test_items_are_of_large_groups_with_long_rows():
+def test_items_are_of_middling_groups_and_of_large_ones_with_long_rows():
     def items(rows, inner, outer=512, turned=True):
         return row_tiles(rows, 8, outer, inner, turned=turned).items
 
     assert [items(2**15, inner) for inner in (2048, 4096, 7168)] == [False, True, True]
-    assert [items(rows, 7168) for rows in (2**10, 2**12, 2**13)] == [False, False, True]
+    assert [items(rows, 7168) for rows in (2**10, 2**12, 2**13)] == [False, True, True]
+    assert [items(rows, 1024) for rows in (2**10, 2**12, 2**13)] == [False, True, False]
     assert not items(2**15, 7168, outer=896, turned=False)  # tiles of 256 rows
     takes = [
         row_tiles(rows_of(groups), groups, *SHAPES[groups], turned=True).items
         for groups in SHAPES
     ]
-    assert takes == [groups == 7 for groups in SHAPES]
+    assert takes == [groups in (3, 4, 5, 7) for groups in SHAPES]
     N, K = SHAPES[8]
     assert row_tiles(rows_of(8), 8, K, N, turned=False).items
 
