@@ -25,7 +25,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from dsjax import hosts
 from dsjax.config import (
     Dense,
     Gqa,
@@ -298,8 +297,11 @@ def test_two_processes():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
+    # Processes meet before anything asks for devices, as importing this module does.
     script = (
-        "import sys; from tests import test_meshes as t; t.as_a_host(*sys.argv[1:])"
+        "import sys; from dsjax import hosts; port, rank = sys.argv[1:]; "
+        "hosts.start(coordinator=f'127.0.0.1:{port}', processes=2, process_id=int(rank)); "
+        "from tests import test_meshes; test_meshes.as_a_host()"
     )
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
     processes = [
@@ -321,9 +323,8 @@ def test_two_processes():
             process.kill()
 
 
-def as_a_host(port: str, rank: str) -> None:
+def as_a_host() -> None:
     """Compares the mesh of both processes with a device of this one."""
-    hosts.start(coordinator=f"127.0.0.1:{port}", processes=2, process_id=int(rank))
     assert (jax.local_device_count(), jax.device_count()) == (4, 8)
     restrict(pytest.MonkeyPatch())
     one = model_of("moe", Sharding(), devices=jax.local_devices())

@@ -211,7 +211,11 @@ def batched(x_MK, w_GNK, sizes_G):
     return y_GMN.reshape(len(x_MK), -1) + 0 * sizes_G.sum().astype(x_MK.dtype)
 
 
-def batched_feed_forward(x_MK, gate_GNK, up_GNK, down_GKN, sizes_G, **_):
+def batched_feed_forward(x_MK, *weights, layer=None, **_):
+    *weights, sizes_G = weights
+    if layer is not None:  # of all layers: with a cache
+        weights = [w_YGNK[layer] for w_YGNK in weights]
+    gate_GNK, up_GNK, down_GKN = weights
     gate_MN, up_MN = (batched(x_MK, w_GNK, sizes_G) for w_GNK in (gate_GNK, up_GNK))
     return batched(jax.nn.silu(gate_MN) * up_MN, down_GKN, sizes_G)
 
