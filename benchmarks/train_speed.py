@@ -4,14 +4,15 @@
     python -m benchmarks.train_speed experiments.speed.moe_mla_2b --kernels 25
 
 Random tokens and fresh weights; whole batches of the experiment. `--kernels` adds the
-GPU kernels of one step, the longest first. `--compile-only` needs no GPU: it compiles for
-an H200 that is not there and prints the memory it takes.
+GPU kernels of one step, the longest first. `--compile-only`, with JAX_PLATFORMS=cpu, needs
+no GPU: it compiles for an H200 that is not there and prints the memory it takes.
 """
 
 import argparse
 import collections
 import json
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax.count import training_flops
+from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 from dsjax.sharding import make_mesh
 from dsjax.train.build import sharding_of
@@ -45,9 +47,13 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--hlo", type=Path, help="where to write the compiled program")
     args = parser.parse_args()
-    experiment = find(args.experiment)
-    if args.compile_only:
-        compiled = compile_for_h200(experiment)
+    try:
+        experiment = find(args.experiment)
+        compiled = compile_for_h200(experiment) if args.compile_only else None
+    except UserError as error:
+        print(f"train_speed: {error}", file=sys.stderr)
+        sys.exit(2)
+    if compiled:
         memory = compiled.memory_analysis()
         print(f"arguments {memory.argument_size_in_bytes / 1e9:.2f} GB, ", end="")
         print(f"temporaries {memory.temp_size_in_bytes / 1e9:.2f} GB")

@@ -112,9 +112,14 @@ def _gpus(name: str, count: int) -> Topology:
             f"topology {name!r} needs the CUDA plug-in: pip install "
             f"'jax-cuda13-plugin=={jax.__version__}' 'jax-cuda13-pjrt=={jax.__version__}'"
         )
-    devices = topologies.get_topology_desc(
-        "h200", "cuda", target_config=_H200, topology=f"1x1x{count}"
-    ).devices
+    try:
+        devices = topologies.get_topology_desc(
+            "h200", "cuda", target_config=_H200, topology=f"1x1x{count}"
+        ).devices
+    except NotImplementedError:  # the plug-in was looked for, and found no driver
+        raise UserError(
+            f"topology {name!r}: without a GPU, set JAX_PLATFORMS=cpu"
+        ) from None
     return Topology(
         name=name,
         platform="cuda",

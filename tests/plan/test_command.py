@@ -158,6 +158,16 @@ def test_a_missing_compiler_is_named(monkeypatch, name, advice):
         topology(name)
 
 
+def test_a_plug_in_without_its_driver_is_told_what_to_do(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("dsjax.plan.topology.find_spec", lambda _: True)
+    monkeypatch.setattr("dsjax.plan.topology.topologies.get_topology_desc", refuse)
+    with pytest.raises(UserError, match="'h200': without a GPU, set JAX_PLATFORMS=cpu"):
+        topology("h200")
+
+
 def test_which_dimensions_are_rings():
     assert [_wraps("v5p", size) for size in (2, 4, 8)] == [False, True, True]
     assert [_wraps("v6e", size) for size in (4, 8, 16)] == [False, False, True]
