@@ -1,8 +1,8 @@
 """A plan's collectives against those of the program that the TPU compiler makes.
 
 All that carry more than a fiftieth of the bytes are within a twentieth. Sizes are such
-that no cut is thinner than the 128 lanes of a core: below, XLA pads, and sends sums to
-all where they could be scattered.
+that no cut is thinner than the 128 lanes or the 8 rows of a core's tile: below, XLA pads,
+and sends sums to all where they could be scattered.
 """
 
 import json
@@ -31,7 +31,7 @@ name, mode, hardware, mesh, d_model, width = sys.argv[1:]
 work = Work(
     config=models.shrink(models.get(name), d_model=int(d_model), width=int(width)),
     mode=Mode(mode),
-    batch_per_device=Fraction(2),
+    batch_per_device=Fraction(8 if mode == "decode" else 2),
     length=512,
 )
 plan = estimate(work, topology(hardware), json.loads(mesh))
