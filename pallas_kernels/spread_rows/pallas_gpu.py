@@ -100,6 +100,8 @@ def spread_rows(
             plgpu.copy_smem_to_gmem(source, out.at[place], commit_group=False)
 
         def fill(number, _):
+            # The thread that copies has read all numbers when it copies in the next ones;
+            # what the others read then does not matter.
             start = (block + number * blocks) * PLACES
             source = row.at[pl.ds(start, PLACES)]
             plgpu.copy_gmem_to_smem(source, rows_here, told)
