@@ -2,6 +2,7 @@
 
     python -m pallas_kernels.bench                     # all, a table in Markdown
     python -m pallas_kernels.bench mla_decode --json   # one operation, for machines
+    python -m pallas_kernels.bench mla_decode --case "2 tokens"
 
 Needs a Hopper GPU. One run draws fresh operands, poisons the memory that outputs may come
 to lie in, compares each contestant with float32, and times kernels alone, without the
@@ -215,8 +216,8 @@ def _tensor(torch, operand: jax.Array):
     return torch.from_dlpack(operand)
 
 
-def table(rows: list[Row], ceilings: Ceilings) -> str:
-    """Markdown."""
+def heading(ceilings: Ceilings) -> str:
+    """What a table in Markdown begins with."""
     lines = [
         f"Ceilings: bfloat16 {ceilings.bfloat16 / 1e12:.0f} TFLOP/s, float8 "
         f"{ceilings.float8 / 1e12:.0f} TFLOP/s, reading {ceilings.read / 1e9:.0f} GB/s.",
@@ -225,18 +226,29 @@ def table(rows: list[Row], ceilings: Ceilings) -> str:
         "| error | |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
-        if r.ms is None:
-            lines.append(
-                f"| {r.operation} | {r.case} | {r.who} | | | | | | | {r.note} |"
-            )
-            continue
-        lines.append(
-            f"| {r.operation} | {r.case} | {r.who} | {r.ms:.4f} "
-            f"| {r.flops_per_second / 1e12:.0f} | {r.bytes_per_second / 1e9:.0f} "
-            f"| {r.share:.0%} | {r.ratio:.2f} | {r.error:.1e} | {r.note} |"
-        )
     return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    """One of its lines."""
+    r = row
+    if r.ms is None:
+        return f"| {r.operation} | {r.case} | {r.who} | | | | | | | {r.note} |"
+    return (
+        f"| {r.operation} | {r.case} | {r.who} | {r.ms:.4f} "
+        f"| {r.flops_per_second / 1e12:.0f} | {r.bytes_per_second / 1e9:.0f} "
+        f"| {r.share:.0%} | {r.ratio:.2f} | {r.error:.1e} | {r.note} |"
+    )
+
+
+def chosen(operations: list[str], words: str) -> list[Case]:
+    """The cases of some operations, of all if none is named, with such words in the name."""
+    return [
+        case
+        for name in operations or OPERATIONS
+        for case in importlib.import_module(f"pallas_kernels.{name}.bench").CASES
+        if words in case.name
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,37 +260,40 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("operations", nargs="*", metavar="OPERATION")
     parser.add_argument("--json", action="store_true", help="a line of JSON a row")
+    parser.add_argument(
+        "--case",
+        metavar="WORDS",
+        default="",
+        help="shapes whose names have these words",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.operations if name not in OPERATIONS]
     if unknown:
         print(f"operations are {', '.join(OPERATIONS)}, not {unknown}", file=sys.stderr)
         return 2
+    cases = chosen(options.operations, options.case)
+    if not cases:
+        print(f"no shape's name has {options.case!r} in it", file=sys.stderr)
+        return 2
     device = jax.devices()[0]
     if device.platform != "gpu" or not device.compute_capability.startswith("9."):
         print(f"needs a Hopper GPU, not {device.device_kind}", file=sys.stderr)
         return 2
-    cases = [
-        case
-        for name in options.operations or OPERATIONS
-        for case in importlib.import_module(f"pallas_kernels.{name}.bench").CASES
-    ]
     ready = [prepare(case) for case in tqdm(cases, desc="compiling", unit="case")]
-    ceilings, rows = measure_ceilings(), []
+    ceilings = measure_ceilings()
+    if not options.json:
+        print(f"{device.device_kind}, jax {jax.__version__}\n\n{heading(ceilings)}")
     for number, prepared in enumerate(tqdm(ready, desc="running", unit="case")):
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         for row in run_case(prepared, ceilings, key):
-            rows.append(row)
-            if options.json:
-                print(json.dumps(row._asdict()), flush=True)
+            # At once: a run that is cut short has what it measured.
+            print(json.dumps(row._asdict()) if options.json else line(row), flush=True)
         gc.collect()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
     if options.json:
         print(json.dumps({"device": device.device_kind} | ceilings._asdict()))
-    else:
-        print(f"{device.device_kind}, jax {jax.__version__}\n")
-        print(table(rows, ceilings))
     return 0
 
 

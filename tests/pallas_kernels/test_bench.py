@@ -49,7 +49,9 @@ def test_rows_have_errors_rates_and_what_failed(monkeypatch):
     assert ours.share == pytest.approx(1e-8 / 2e-3)  # compute binds: 8e6 / 8e14 s
     assert ours.note == ">= 1x half" and not half.note
     assert failed.ms is None and "no such shape" in failed.note
-    assert "no such shape" in bench.table([ours, half, failed], CEILINGS)
+    lines = [bench.heading(CEILINGS).splitlines()[-2], *map(bench.line, (ours, failed))]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "no such shape" in lines[-1]
 
 
 class Cupti:
@@ -98,7 +100,35 @@ def test_relative_error():
     assert jnp.isnan(relative_error(jnp.array([jnp.nan, 4.0]), exact))
 
 
-@pytest.mark.parametrize("arguments", [["no_such"], []])
+def test_cases_are_chosen_by_words_of_their_names():
+    names = [case.name for case in bench.chosen(["mla_decode"], "2 tokens")]
+    assert names == ["128 rows of 4096, 128 heads, 2 tokens"]
+    operations = [case.operation for case in bench.chosen([], "")]
+    assert list(dict.fromkeys(operations)) == list(bench.OPERATIONS)
+
+
+def test_a_gpus_table_is_printed_row_by_row(monkeypatch, capsys):
+    gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H")
+    monkeypatch.setattr(bench.jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(bench, "chosen", lambda *_: [CASE])
+    monkeypatch.setattr(bench, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench, "prepare", lambda case: case)
+    rows = [bench.Row("square", "a vector", who, note="none") for who in ("a", "b")]
+    printed = []
+
+    def run_case(*_):
+        for row in rows:
+            printed.append(capsys.readouterr().out)
+            yield row
+
+    monkeypatch.setattr(bench, "run_case", run_case)
+    assert bench.main(["mla_decode"]) == 0
+    assert printed[0].startswith("H, jax") and printed[0].count("\n") == 6
+    assert printed[1] == bench.line(rows[0]) + "\n"
+    assert capsys.readouterr().out == bench.line(rows[1]) + "\n"
+
+
+@pytest.mark.parametrize("arguments", [["no_such"], [], ["--case", "no_such"]])
 def test_what_cannot_run_is_one_line_and_exit_code_2(arguments, capsys):
     assert bench.main(arguments) == 2
     out, err = capsys.readouterr()
