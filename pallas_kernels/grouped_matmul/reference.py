@@ -81,7 +81,8 @@ def _weight_gradient(x: Array, dy: Array, sizes: Array) -> Float[Array, "G N K"]
     def step(block: _Block, dw: Array) -> Array:
         here = jax.lax.dynamic_slice_in_dim(x, block.start, b)
         there = jax.lax.dynamic_slice_in_dim(dy, block.start, b)
-        there = jnp.where(block.mask, there, 0)
+        # Both: another row may hold anything, and 0 times infinity is not 0.
+        here, there = (jnp.where(block.mask, rows, 0) for rows in (here, there))
         part = jnp.einsum("bn,bk->nk", there, here, preferred_element_type=jnp.float32)
         sum_so_far = jax.lax.dynamic_index_in_dim(dw, block.group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(

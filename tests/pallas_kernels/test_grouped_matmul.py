@@ -100,6 +100,17 @@ def test_equals_loop_over_groups(rng, sizes, implementation):
     assert (np.asarray(got[0])[sum(sizes) :] == 0).all()
 
 
+@pytest.mark.parametrize("implementation", ["blocked", "padded", "tpu"])
+def test_surplus_rows_may_hold_anything(rng, implementation):
+    sizes = SIZES["surplus rows"]
+    x, w, dy = operands(rng)
+    nan_x, nan_dy = (a.at[sum(sizes) :].set(jnp.nan) for a in (x, dy))
+    call = product_and_gradients(implementation)
+    got = run(call, implementation, nan_x, w, nan_dy, jnp.asarray(sizes))
+    for array, expected in zip(got, loop_over_groups(x, w, dy, sizes)):
+        np.testing.assert_allclose(array, expected, atol=2e-4)
+
+
 @pytest.mark.parametrize(("N", "K"), [(256, 2304), (2304, 256)])
 def test_a_deep_product(rng, N, K):
     """Sums of more than one part of the contracted axis, and of a rest of it."""
