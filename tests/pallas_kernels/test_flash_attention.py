@@ -122,12 +122,21 @@ def test_cut_by_a_mesh(rng):
                 np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 500, 2, 2, 24, 16), (1, 384, 2, 1, 192, 128)])
+ODD, MLA = (1, 500, 2, 2, 24, 16), (1, 384, 2, 1, 192, 128)
+
+
 @pytest.mark.parametrize(
-    ("segments", "backward"),
-    [(False, ("fused",)), (True, ("fused",)), (True, ("dkv", "dq"))],
+    ("segments", "backward", "shape"),
+    [  # each way with each shape; the slow ones have nothing that the others have not
+        (False, ("fused",), ODD),
+        (True, ("fused",), MLA),
+        (True, ("dkv", "dq"), ODD),
+        pytest.param(False, ("fused",), MLA, marks=pytest.mark.slow),
+        pytest.param(True, ("fused",), ODD, marks=pytest.mark.slow),
+        pytest.param(True, ("dkv", "dq"), MLA, marks=pytest.mark.slow),
+    ],
 )
-def test_bytes_moved_are_those_counted(rng, monkeypatch, shape, segments, backward):
+def test_bytes_moved_are_those_counted(rng, monkeypatch, segments, backward, shape):
     """Blocks of 128 here, so that there are several of them to a side; and the gradients
     of the longest sequences, in two kernels.
     """
