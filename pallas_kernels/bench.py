@@ -229,9 +229,8 @@ def heading(ceilings: Ceilings) -> str:
     return "\n".join(lines)
 
 
-def line(row: Row) -> str:
+def line(r: Row) -> str:
     """One of its lines."""
-    r = row
     if r.ms is None:
         return f"| {r.operation} | {r.case} | {r.who} | | | | | | | {r.note} |"
     return (

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
+SMS = 132  # multiprocessors of an H100 or H200
 _HAS_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # until JAX 0.11
 
 

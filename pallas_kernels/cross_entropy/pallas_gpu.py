@@ -15,9 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import is_hopper, load
+from pallas_kernels.mosaic import SMS, is_hopper, load
 
-BLOCKS = 2 * 132  # of the grid: two for each SM of an H100 or H200
+BLOCKS = 2 * SMS  # of the grid
 SMEM = 104 * 2**10  # bytes of logits that a block holds
 LINE = 256  # elements
 MOST = 25  # lines of a chunk: 50 elements of a thread

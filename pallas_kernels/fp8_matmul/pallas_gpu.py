@@ -30,14 +30,13 @@ from pallas_kernels.fp8_matmul.products_gpu import (
 from pallas_kernels.fp8_matmul.quantize import BLOCK
 from pallas_kernels.grouped_matmul.ring_gpu import to_be_free
 from pallas_kernels.grouped_matmul.tiles_gpu import (
-    SMS,
     Schedule,
     place,
     schedule,
     tile_count,
     walk,
 )
-from pallas_kernels.mosaic import copy_rows, is_hopper, load
+from pallas_kernels.mosaic import SMS, copy_rows, is_hopper, load
 
 ROWS, COLUMNS = 128, 256  # of a block's tile
 HALF = ROWS // 2  # rows of a warpgroup

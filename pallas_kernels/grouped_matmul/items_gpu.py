@@ -8,17 +8,17 @@ All items of two columns of tiles that belong to a group follow each other, and 
 done at the same time: what they read comes from memory once. One that came a tile later
 would find that the L2 cache has forgotten it.
 
-Letters: G groups, T items.
+Letters: G groups.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.grouped_matmul.tiles_gpu import running_sum
+from pallas_kernels.grouped_matmul.tiles_gpu import Schedule, scheduled
 
 
 class Item(NamedTuple):
@@ -100,40 +100,16 @@ class Grid(NamedTuple):
         return Item(start, count, column, ~tall & (columns == 2))
 
 
-class ItemSchedule(NamedTuple):
-    """Whose items are which, in order. Those of the surplus rows come last, and belong to
-    group G. `Items` says the rest: here, it would be more kernels.
-    """
-
-    group: Int[Array, " T"]
-    first: Int[Array, " T"]  # the number of the group's first item
-    begin: Int[Array, " T"]  # the group's first row
-    end: Int[Array, " T"]  # and the row after its last
-    ends: Int[Array, " G"]
-    item_ends: Int[Array, " G"]
-
-
-def schedule_items(sizes_G: Int[Array, " G"], grid: Grid) -> ItemSchedule:
-    """By comparing everything with everything: two kernels, where prefix sums, a search
-    and gathers are many.
-    """
-    ends_G = running_sum(sizes_G)
-    item_ends_G = running_sum(grid.count(sizes_G.astype(jnp.int32)))
-    past_TG = item_ends_G <= jnp.arange(grid.most)[:, None]
-    return ItemSchedule(
-        past_TG.sum(1, dtype=jnp.int32),
-        jnp.where(past_TG, item_ends_G, 0).max(1),
-        jnp.where(past_TG, ends_G, 0).max(1),
-        jnp.where(past_TG, grid.rows, ends_G).min(1),
-        ends_G,
-        item_ends_G,
-    )
+def schedule_items(sizes_G: Int[Array, " G"], grid: Grid) -> Schedule:
+    """Whose items are which, in order: items for tiles."""
+    counts_G = grid.count(sizes_G.astype(jnp.int32))
+    return scheduled(sizes_G, counts_G, grid.rows, grid.most)
 
 
 class Items(NamedTuple):
     """All items. The table may be arrays or references to them."""
 
-    table: ItemSchedule | Any
+    table: Schedule
     grid: Grid
 
     @property
@@ -141,7 +117,7 @@ class Items(NamedTuple):
         """How many there are."""
         last = self.grid.groups - 1
         surplus = self.grid.count(self.grid.rows - self.table.ends[last])
-        return self.table.item_ends[last] + surplus
+        return self.table.tile_ends[last] + surplus
 
     def item(self, index) -> tuple[Int[Array, ""], Item]:
         """An item and its group, by its place in the order."""

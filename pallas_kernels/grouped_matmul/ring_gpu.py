@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from pallas_kernels.grouped_matmul.tiles_gpu import LINE, SMS
+from pallas_kernels.grouped_matmul.tiles_gpu import LINE
+from pallas_kernels.mosaic import SMS
 
 ALIGN = 8  # rows of a swizzled tile
 CHUNK_ROWS = 64  # rows that are stored at once

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.grouped_matmul.items_gpu import (
     Grid,
     Items,
-    ItemSchedule,
     schedule_items,
 )
 from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer, apart
@@ -112,10 +111,10 @@ class _RowsPlan:
     @property
     def grid(self) -> Grid:
         """Of items."""
-        rows = self.M, self.groups, self.tiles.half
-        return Grid(*rows, self.across, self.tiles.band)
+        tiles = self.tiles
+        return Grid(self.M, self.groups, tiles.half, self.across, tiles.band)
 
-    def schedule(self, sizes_G: Int[Array, " G"]) -> Schedule | ItemSchedule:
+    def schedule(self, sizes_G: Int[Array, " G"]) -> Schedule:
         """Whose rows are which."""
         if self.tiles.items:
             return schedule_items(sizes_G, self.grid)
@@ -193,8 +192,9 @@ class _Rows:
 
     def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
         self.plan = plan
-        fields = len((ItemSchedule if plan.tiles.items else Schedule)._fields)
-        self.order = self.order_of(refs[:fields])
+        fields = len(Schedule._fields)
+        self.schedule = Schedule(*refs[:fields])
+        self.order = self.make_order()
         self.first_matrix = refs[fields]
         refs, self.ys = refs[fields + 1 : -plan.outputs], refs[-plan.outputs :]
         self.xs, refs = refs[: plan.lhs], refs[plan.lhs :]
@@ -205,13 +205,12 @@ class _Rows:
         self.out = {LINE: out[:2], LINE // 2: narrow}
         self.ring = Ring(plan.tiles.stages, full, free)
 
-    def order_of(self, schedule) -> BackAndForth:
-        """The order of tiles, by the schedule's references."""
+    def make_order(self) -> BackAndForth:
+        """The order of tiles."""
         plan, tiles = self.plan, self.plan.tiles
         if tiles.items:
-            self.items = Items(ItemSchedule(*schedule), plan.grid)
+            self.items = Items(self.schedule, plan.grid)
             return back_and_forth(self.items.count, tiles.blocks)
-        self.schedule = Schedule(*schedule)
         self.down = tile_count(self.schedule, plan.M, tiles.all_rows)
         return back_and_forth(self.down * plan.across, tiles.blocks)
 

@@ -13,7 +13,6 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.mosaic import is_hopper
 
-SMS = 132  # of an H100 or H200: blocks of the grid
 SMALL, LARGE = 256, 1024  # rows a group: see `row_tiles`
 LONG = 4096  # elements of a row: see there, too
 LINE = 64  # elements of bfloat16 in 128 bytes, the row of a swizzled tile
@@ -116,13 +115,20 @@ class Schedule(NamedTuple):
 
 
 def schedule(sizes_G: Int[Array, " G"], rows: int, tile: int) -> Schedule:
-    """By comparing everything with everything: two kernels, where prefix sums, a search
+    """Of tiles of that many rows."""
+    most = rows // tile + sizes_G.shape[0] + 1
+    return scheduled(sizes_G, -(-sizes_G // tile), rows, most)
+
+
+def scheduled(
+    sizes_G: Int[Array, " G"], counts_G: Int[Array, " G"], rows: int, most: int
+) -> Schedule:
+    """Of groups that have so many tiles, at most `most` in all with those of surplus rows.
+    By comparing everything with everything: two kernels, where prefix sums, a search
     and gathers are many.
     """
-    groups = sizes_G.shape[0]
-    ends_G = running_sum(sizes_G)
-    tile_ends_G = running_sum(-(-sizes_G // tile))
-    numbers_T1 = jnp.arange(rows // tile + groups + 1)[:, None]
+    ends_G, tile_ends_G = running_sum(sizes_G), running_sum(counts_G)
+    numbers_T1 = jnp.arange(most)[:, None]
     past_TG = tile_ends_G <= numbers_T1  # groups whose tiles all come before
     return Schedule(
         past_TG.sum(1, dtype=jnp.int32),

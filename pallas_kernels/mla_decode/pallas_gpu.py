@@ -38,13 +38,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.mla_decode.combine_gpu import LOG2E, LOWEST, combine
 from pallas_kernels.mla_decode.schedule_gpu import (
     BLOCK,
-    SMS,
     Share,
     blocks_of,
     hidden,
     share,
 )
-from pallas_kernels.mosaic import is_hopper, load
+from pallas_kernels.mosaic import SMS, is_hopper, load
 
 TALL = 64  # queries of a tile
 L, R = 512, 64

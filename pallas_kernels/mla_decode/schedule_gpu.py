@@ -21,7 +21,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import ArrayLike
 from jaxtyping import Array, Int
 
-SMS = 132  # of an H100 or H200
 BLOCK = 64  # slots that are worked on together
 START_COST = 2  # what a row costs beside its blocks, in blocks
 LANES = 32

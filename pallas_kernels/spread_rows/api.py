@@ -3,8 +3,6 @@
 Letters: N rows, M places, R places of a row at most, D elements of a row.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -48,18 +46,19 @@ def spread_rows(
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise ValueError(f"{index.dtype} of {index.shape} is no integer type")
     lacking = pallas_gpu.lacks(x_ND.shape, len(row_M), places_NR.shape[1], x_ND.dtype)
-    run = functools.partial(jax.lax.platform_dependent, x_ND, places_NR, row_M)
+    operands = x_ND, places_NR, row_M
     match implementation := named(implementation):
         case None:
             note_choice("spread_rows", {"cuda": "Mosaic GPU"}, {"cuda": lacking})
             on_gpu = reference.by_pairs if lacking else pallas_gpu.spread_rows
-            return run(cuda=on_gpu, default=reference.spread_rows)
+            plain = reference.spread_rows
+            return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=plain)
         case "reference":
-            return reference.spread_rows(x_ND, places_NR, row_M)
+            return reference.spread_rows(*operands)
         case "pairs":
-            return reference.by_pairs(x_ND, places_NR, row_M)
+            return reference.by_pairs(*operands)
         case "hopper":
             if lacking:
                 raise NotImplementedError(f"the Hopper kernel {lacking}")
-            return pallas_gpu.spread_rows(x_ND, places_NR, row_M)
+            return pallas_gpu.spread_rows(*operands)
     raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")

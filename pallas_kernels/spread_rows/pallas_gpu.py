@@ -18,9 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import is_hopper, load
+from pallas_kernels.mosaic import SMS, is_hopper, load
 
-SMS = 132  # of an H100 or H200
 SMEM = 200 * 2**10  # bytes of rows that an SM's blocks hold
 EACH = (4, 2, 1)  # blocks on an SM, the most that have room: each sends one copy a time
 SLOTS = 3  # buffers of a block: one leaves while others fill
@@ -71,17 +70,22 @@ def spread_rows(
 
     def kernel(x, places, row, out, buffer, here, rows_here, zeros, full, told):
         block = lax.axis_index("block")
-        steps = lax.div(pl.cdiv(N, rows) - block + blocks - 1, blocks)
+
+        def share(total: int):
+            return lax.div(total - block + blocks - 1, blocks)
+
+        def at(step):
+            return lax.rem(step, SLOTS), (block + step * blocks) * rows
 
         def fetch(step):
-            slot, first = lax.rem(step, SLOTS), (block + step * blocks) * rows
+            slot, first = at(step)
             source = x.at[pl.ds(first, rows)]
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
             source = places.at[pl.ds(first * R, numbers)]
             plgpu.copy_gmem_to_smem(source, here.at[slot], full.at[slot])
 
         def send(step, _):
-            slot, first = lax.rem(step, SLOTS), (block + step * blocks) * rows
+            slot, first = at(step)
             plgpu.barrier_wait(full.at[slot])
             lax.fori_loop(0, rows, functools.partial(send_row, slot, first), None)
             plgpu.commit_smem_to_gmem_group()
@@ -114,14 +118,14 @@ def spread_rows(
 
             pl.when(most >= N)(lambda: lax.fori_loop(0, PLACES, look, None))
 
+        steps = share(pl.cdiv(N, rows))
         for step in range(SLOTS - 1):
             pl.when(step < steps)(functools.partial(fetch, step))
         lax.fori_loop(0, steps, send, None)
         # What lies outside of an array is copied as zeros.
         plgpu.copy_gmem_to_smem(x.at[N], zeros, told)
         plgpu.barrier_wait(told)
-        chunks = pl.cdiv(M, PLACES)
-        lax.fori_loop(0, lax.div(chunks - block + blocks - 1, blocks), fill, None)
+        lax.fori_loop(0, share(pl.cdiv(M, PLACES)), fill, None)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 

@@ -127,7 +127,7 @@ ODD, MLA = (1, 500, 2, 2, 24, 16), (1, 384, 2, 1, 192, 128)
 
 @pytest.mark.parametrize(
     ("segments", "backward", "shape"),
-    [  # each way with each shape; the slow ones have nothing that the others have not
+    [  # each way and each shape; the slow ones are the other pairs of them
         (False, ("fused",), ODD),
         (True, ("fused",), MLA),
         (True, ("dkv", "dq"), ODD),

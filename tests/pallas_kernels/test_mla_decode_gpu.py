@@ -13,10 +13,10 @@ from pallas_kernels.mla_decode import mla_decode, schedule_gpu
 from pallas_kernels.mla_decode.pallas_gpu import lacks
 from pallas_kernels.mla_decode.schedule_gpu import (
     BLOCK,
-    SMS,
     START_COST,
     share,
 )
+from pallas_kernels.mosaic import SMS
 from tests.pallas_kernels.h200 import compile_for_h200
 from tests.pallas_kernels.test_mla_decode import SCALE, by_hand
 
