@@ -57,7 +57,7 @@ def moe_mla_2b() -> Experiment:
         batch=BatchSize(sequences=16),
         microbatch=16,
         learning_rate=Constant(peak=3e-4),
-        objective=Objective(expert_balance=0.01),
+        objective=Objective(expert_balance=0.01, chunk=16 * 2048),
         remat=Remat.V3,
         unroll=8,
     )

@@ -32,6 +32,9 @@ class Objective:
     `device_balance`, `communication_balance`: alpha2, alpha3, over `devices` groups of
     experts, per sequence where `sequence_balance` is used (V2), else over the
     microbatch. `bias_speed`: V3's gamma. `mtp`: V3's lambda.
+
+    `chunk` is no weight: it bounds the tokens whose logits exist at once on a device
+    (None: 512 MiB of logits). More are quicker and take more memory.
     """
 
     sequence_balance: float = 0.0
@@ -42,12 +45,15 @@ class Objective:
     bias_speed: Schedule = 0.0
     mtp: Schedule = 0.0
     dropping: Dropping | None = None
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             number = getattr(self, field.name)
             if isinstance(number, int | float) and number < 0:
                 raise UserError(f"{field.name}={number} must not be negative")
+        if self.chunk == 0:
+            raise UserError("chunk=0 tokens have no logits")
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError for a term that the model has nothing for."""
@@ -171,7 +177,7 @@ def losses(
     }
     output = model.forward(inputs_BT, **options)
     routings = [routing for routing in output.routing if routing is not None]
-    entropy = partial(head_loss, model)
+    entropy = partial(head_loss, model, chunk=objective.chunk)
     mtp = jnp.zeros(())
     if objective.predicts_further(model.config):
         state_BTD, routing = model.predict_further(
@@ -198,17 +204,20 @@ def losses(
 
 
 def head_loss(
-    model: Transformer, normed_BTD: Array, targets_BT: Array, weights_BT: Array
+    model: Transformer,
+    normed_BTD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    *,
+    chunk: int | None = None,
 ) -> Float[Array, ""]:
     """The sum of all positions' cross-entropies, each times its weight, of a state that
-    has its norm behind it.
+    has its norm behind it. `chunk`: see `Objective`.
     """
     tied = model.config.tied_embeddings
     head = model.embedding_VD if tied else model.head_VD
-    statistics = model.precision.statistics
-    return loss.cross_entropy(
-        normed_BTD, head[...], targets_BT, weights_BT, statistics=statistics
-    )
+    options = {"chunk": chunk, "statistics": model.precision.statistics}
+    return loss.cross_entropy(normed_BTD, head[...], targets_BT, weights_BT, **options)
 
 
 def _balance(objective: Objective, moe: Moe, routing: Routing) -> Float[Array, ""]:

@@ -16,7 +16,7 @@ from dsjax.nn.options import Precision
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import flat
 from dsjax.sharding import make_mesh
-from dsjax.train import balance
+from dsjax.train import balance, loss
 from dsjax.train.objective import Objective, losses, shares
 from dsjax.train.optimizer import AdamW
 from dsjax.train.schedule import Piecewise, Progress
@@ -431,8 +431,30 @@ def test_terms_that_the_model_has_nothing_for_are_refused(config, objective, mes
         make_step(model, optimizer=AdamW(), objective=objective)
 
 
+def test_the_objective_says_how_many_tokens_have_logits_at_once(monkeypatch):
+    """Of the next token, and of the one after it."""
+    model, microbatch = Transformer.abstract(CONFIG), {"tokens": jnp.asarray(TOKENS)}
+    real, chunks = loss.cross_entropy, []
+
+    def recorded(*arrays, **options):
+        chunks.append(options["chunk"])
+        return real(*arrays, **options)
+
+    monkeypatch.setattr(loss, "cross_entropy", recorded)
+    with jax.set_mesh(model.mesh):
+        for chunk in (None, 32):
+            objective = replace(OBJECTIVE, chunk=chunk)
+            options = {"objective": objective, "shares": shares(batch())}
+            jax.eval_shape(functools.partial(losses, **options), model, microbatch)
+    assert chunks == [None, None, 32, 32]
+
+
 def test_nonsense_is_refused():
     with pytest.raises(UserError, match="expert_balance=-1"):
         Objective(expert_balance=-1)
+    with pytest.raises(UserError, match="chunk=-1 must not be negative"):
+        Objective(chunk=-1)
+    with pytest.raises(UserError, match="chunk=0 tokens have no logits"):
+        Objective(chunk=0)
     with pytest.raises(UserError, match=r"ema=1.0"):
         init_state(Transformer.abstract(DENSE), AdamW(), ema=1.0)
