@@ -114,6 +114,20 @@ SERVING = Sharding(
 )
 
 
+def platform() -> str | None:
+    """What the mesh around is of: "cpu", "gpu" or "tpu"; None if it does not tell."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else None
+
+
+def is_cut(spec: P, *axes: str) -> bool:
+    """Whether any of these axes of the mesh around, of all if none is named, cuts an
+    array that lies so.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return any(sizes[a] > 1 for a in axes_of(*spec) if not axes or a in axes)
+
+
 def make_mesh(
     *,
     data: int = 1,

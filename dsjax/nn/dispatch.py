@@ -39,7 +39,7 @@ from dsjax.nn.rows import (
     sorted_places,
     sum_rows,
 )
-from dsjax.sharding import AXES
+from dsjax.sharding import AXES, platform
 
 AXIS = "expert"
 SLACK = 1.25
@@ -98,8 +98,7 @@ def go_to_all(config: Moe, devices: int) -> bool:
     exchange uneven numbers by themselves; and between GPUs of one host, whose links are
     quick and XLA's uneven exchange is not (benchmarks/gpus.md).
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    match device and device.platform:
+    match platform():
         case "tpu":
             return False
         case "gpu" if devices <= GPUS_OF_A_HOST:

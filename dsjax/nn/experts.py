@@ -36,7 +36,7 @@ from dsjax.nn.rows import (
     sum_rows,
 )
 from dsjax.nn.weights import batch_axes, cast
-from dsjax.sharding import axes_of
+from dsjax.sharding import axes_of, is_cut
 from pallas_kernels.grouped_matmul.api import grouped_feed_forward
 
 # gate [E, F, D], up [E, F, D], down [E, D, F]; or those of all layers, [Y, E, ...]
@@ -76,7 +76,7 @@ class Experts(nnx.Module):
         if way is not _Way.ALL_SEE_ALL or not _cut_alike(weights[0], *within[:1]):
             within = ()
         in_EFD, _, out_EDF = specs = [jax.typeof(w).sharding.spec for w in weights]
-        tensor = _is_cut(in_EFD, "tensor")
+        tensor = is_cut(in_EFD, "tensor")
 
         tables = () if self.slots is None else (self.slots_EX[...],)
         # Where layers are no loop there are few of them, and memory for SwiGLU's results
@@ -133,7 +133,7 @@ class Experts(nnx.Module):
         layers = ()
         if rested[0].ndim == 4:
             layers = (jnp.asarray(layer, jnp.int32),)
-            stays = not any(_is_cut(spec, "fsdp") for spec in _specs(rested))
+            stays = not any(is_cut(spec, "fsdp") for spec in _specs(rested))
             if stays and rested[0].dtype == self.dtype and way is not _Way.DISPATCHED:
                 return rested, layers
             rested = (kv.read(w, *layers) for w in rested)
@@ -168,17 +168,12 @@ class _Way(enum.Enum):
 
 
 def _way(x_BTD: Array, weights: Sequence[Array], phase: kv.Phase) -> _Way:
-    if not _is_cut(jax.typeof(weights[0]).sharding.spec, "expert"):
+    if not is_cut(jax.typeof(weights[0]).sharding.spec, "expert"):
         return _Way.HERE
     apart = "expert" in axes_of(batch_axes(x_BTD))  # each device has its own tokens
     if apart and phase is not kv.Phase.DECODE:
         return _Way.DISPATCHED
     return _Way.ALL_SEE_ALL
-
-
-def _is_cut(spec: P, axis: str) -> bool:
-    size = jax.sharding.get_abstract_mesh().shape[axis]
-    return size > 1 and axis in axes_of(*spec)
 
 
 def _cut_alike(in_EFD: Array, *in_FD: Array) -> bool:

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul.implementations import (
+    DENSE,
     IMPLEMENTATIONS,
     combine,
     dispatch,
@@ -129,6 +130,39 @@ def grouped_feed_forward(
         scale_M = jnp.ones(x_MD.shape[0], jnp.float32)
     operands = (x_MD, gate, up, down, scale_M, sizes_G)
     return _feed_forward(*operands, implementation, expected_rows, keep_result)
+
+
+def feed_forward(
+    x_MD: Float[Array, "M D"],
+    gate_FD: Float[Array, "F D"],
+    up_FD: Float[Array, "F D"],
+    down_DF: Float[Array, "D F"],
+    *,
+    implementation: str | None = None,
+    keep_result: bool = False,
+) -> Float[Array, "M D"]:
+    """`grouped_feed_forward` of a single group that has all rows: a dense feed-forward.
+
+    All products are XLA's but, on a Hopper GPU, those of the gradient by rows: there the
+    gradient of SwiGLU's result never exists, and both parts of that of `x` are summed
+    before they are rounded. It is for rows that one device has, 1024 and more; what does
+    not fit is computed by XLA.
+
+    `implementation`: "xla", or "hopper" for those kernels. `keep_result`: SwiGLU's result
+    is kept for gradients, not made again. Errors are those of `grouped_matmul`.
+    """
+    if implementation not in (None, "xla", "hopper"):
+        raise ValueError(f"{implementation=} is not one of ('xla', 'hopper')")
+    weights = gate, up, down = [w[None] for w in (gate_FD, up_FD, down_DF)]
+    rows = x_MD.shape[0]
+    sizes, scale = jnp.full(1, rows, jnp.int32), jnp.ones(rows, jnp.float32)
+    h_MF = jax.ShapeDtypeStruct((rows, gate.shape[1]), x_MD.dtype)
+    named = implementation if implementation == "hopper" else None
+    _check(x_MD, gate, sizes, named, None)
+    _check_swiglu(x_MD, gate, up, None)
+    _check(h_MF, down, sizes, named, None)
+    name = DENSE if implementation is None else f"{implementation}_{DENSE}"
+    return _feed_forward(x_MD, *weights, scale, sizes, name, rows, keep_result)
 
 
 # One gradient for all implementations: if each platform's branch had its own, all would

@@ -15,10 +15,12 @@ from pallas_kernels.dispatch import note_choice, without_kernels
 from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference
 from pallas_kernels.grouped_matmul.layers import Matrices, apart
 from pallas_kernels.grouped_matmul.padded import fits, padded
+from pallas_kernels.grouped_matmul.tiles_gpu import dense_lacks
 from pallas_kernels.grouped_matmul.tiles_gpu import lacks as gpu_lacks
 from pallas_kernels.grouped_matmul.tiles_tpu import lacks as tpu_lacks
 
 KERNELS = {"tpu": "Pallas", "cuda": "Mosaic GPU"}
+DENSE = "dense"  # of one group that has all rows: what the platform has for it
 
 
 class Implementation(NamedTuple):
@@ -54,12 +56,22 @@ def dispatch(
     """
 
     def run(name: str) -> Callable:
-        call = functools.partial(getattr(IMPLEMENTATIONS[name], operation), **options)
+        found = (IMPLEMENTATIONS | FOR_ONE_GROUP)[name]
+        call = functools.partial(getattr(found, operation), **options)
         reads = name in ("tpu", "hopper")
         return call if reads else lambda *operands: call(*map(apart, operands))
 
-    if implementation is not None:
+    if implementation not in (None, DENSE):
         return run(implementation)(*operands)
+    choose = _of_one_group if implementation == DENSE else _of_groups
+    platforms = choose(x, w)
+    return jax.lax.platform_dependent(
+        *operands, **{platform: run(name) for platform, name in platforms.items()}
+    )
+
+
+def _of_groups(x: Array, w: Matrices) -> dict[str, str]:
+    """Who computes it on which platform."""
     asked = "is not asked for" if without_kernels() else ""
     lacking = {
         "tpu": asked or tpu_lacks(x.shape[0], w.shape, x.dtype),
@@ -67,12 +79,22 @@ def dispatch(
     }
     note_choice("grouped_matmul", KERNELS, lacking)
     copies = "padded" if fits(x.shape[0], w) else "blocked"
-    return jax.lax.platform_dependent(
-        *operands,
-        tpu=run("ragged_dot" if lacking["tpu"] else "tpu"),
-        cuda=run(copies if lacking["cuda"] else "hopper"),
-        default=run("blocked"),
-    )
+    return {
+        "tpu": "ragged_dot" if lacking["tpu"] else "tpu",
+        "cuda": copies if lacking["cuda"] else "hopper",
+        "default": "blocked",
+    }
+
+
+def _of_one_group(x: Array, w: Matrices) -> dict[str, str]:
+    """The same, if there is one that has all rows."""
+    asked = "is not asked for" if without_kernels() else ""
+    lacking = {"cuda": asked or dense_lacks(x.shape[0], w.shape, x.dtype)}
+    note_choice("feed_forward", {"cuda": KERNELS["cuda"]}, lacking)
+    return {
+        "cuda": "xla_dense" if lacking["cuda"] else "hopper_dense",
+        "default": "xla_dense",
+    }
 
 
 def combine(
@@ -96,6 +118,13 @@ def ragged_dot(
     )
     real_M = jnp.arange(x_MK.shape[0]) < sizes_G.sum()
     return jnp.where(real_M[:, None], y_MN, 0).astype(x_MK.dtype)
+
+
+def dense(
+    x_MK: Float[Array, "M K"], w_GNK: Float[Array, "1 N K"], sizes_G: Int[Array, " 1"]
+) -> Float[Array, "M N"]:
+    """The product of a single group that has all rows."""
+    return jnp.einsum("MK,NK->MN", x_MK, w_GNK[0])
 
 
 def _plain(product: Callable, gradients: Callable | None = None) -> Implementation:
@@ -197,23 +226,45 @@ def _gpu(operation: Callable) -> Callable:
 
 def _gpu_gradients(dy, x, w, sizes, *, dtype):
     dx = pallas_gpu.row_gradient(dy, w, sizes)
-    return dx, pallas_gpu.weight_gradient(dy, x, sizes, dtype=dtype)
+    return dx, *pallas_gpu.weight_gradients([dy], x, sizes, dtype=dtype)
 
 
 def _gpu_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype):
     dx = pallas_gpu.swiglu_row_gradient(dgate, dup, gate, up, sizes)
-    by_weights = [
-        pallas_gpu.weight_gradient(dy, x, sizes, dtype=dtype) for dy in (dgate, dup)
-    ]
-    return dx, *by_weights
+    return dx, *pallas_gpu.weight_gradients([dgate, dup], x, sizes, dtype=dtype)
 
 
 def _gpu_down_gradients(dy, h, down, gated, lifted, scale, sizes, *, dtype):
     operands = (dy, down, gated, lifted, scale, sizes)
     through = pallas_gpu.swiglu_gradient(*operands)
-    return *through, pallas_gpu.weight_gradient(dy, h, sizes, dtype=dtype)
+    return *through, *pallas_gpu.weight_gradients([dy], h, sizes, dtype=dtype)
 
 
+def _dense_weights(dy, x):
+    """One group's are few tiles, each a long sum: XLA cuts the sum, too."""
+    return jnp.einsum("MN,MK->NK", dy, x)[None]
+
+
+def _dense_swiglu_gradients(dgate, dup, x, gate, up, sizes, *, dtype):
+    dx = pallas_gpu.swiglu_row_gradient(dgate, dup, gate, up, sizes)
+    return dx, *(_dense_weights(dy, x).astype(dtype) for dy in (dgate, dup))
+
+
+def _dense_down_gradients(dy, h, down, gated, lifted, scale, sizes, *, dtype):
+    through = pallas_gpu.swiglu_gradient(dy, down, gated, lifted, scale, sizes)
+    return *through, _dense_weights(dy, h).astype(dtype)
+
+
+_XLA_DENSE = _plain(dense)
+# For one group that has all rows. XLA's products are as quick as the kernels': what these
+# save is what passes between them.
+FOR_ONE_GROUP = {
+    "xla_dense": _XLA_DENSE,
+    "hopper_dense": _XLA_DENSE._replace(
+        swiglu_gradients=_gpu(_dense_swiglu_gradients),
+        down_gradients=_gpu(_dense_down_gradients),
+    ),
+}
 _TPU_COMPOSED = _composed(pallas_tpu.product, _tpu_gradients)
 
 IMPLEMENTATIONS = {

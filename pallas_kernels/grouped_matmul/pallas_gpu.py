@@ -3,7 +3,7 @@
 `rows_gpu` multiplies rows with their group's matrices or the transposes: the forward
 products and the gradients by rows; `swiglu_gradient_gpu` goes on from such a gradient
 through the SwiGLU before. `weights_gpu` sums outer products over a group's rows:
-the gradient by weights. Both are made of what is in `ring_gpu`.
+the gradients by weights. Both are made of what is in `ring_gpu`.
 
 Letters: M rows, I inner, O outer, G groups.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul.layers import Matrices
 from pallas_kernels.grouped_matmul.rows_gpu import multiply_rows
 from pallas_kernels.grouped_matmul.swiglu_gradient_gpu import swiglu_gradient
-from pallas_kernels.grouped_matmul.weights_gpu import weight_gradient
+from pallas_kernels.grouped_matmul.weights_gpu import weight_gradients
 
 __all__ = [
     "all_three",
@@ -23,7 +23,7 @@ __all__ = [
     "swiglu",
     "swiglu_gradient",
     "swiglu_row_gradient",
-    "weight_gradient",
+    "weight_gradients",
 ]
 
 

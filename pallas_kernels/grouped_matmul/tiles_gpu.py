@@ -57,6 +57,19 @@ def lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
     return "" if is_hopper() else "needs a GPU of Hopper's generation"
 
 
+def dense_lacks(rows: int, shape: tuple[int, ...], dtype: DTypeLike) -> str:
+    """The same of a single group that has all rows: where there is little to save, or
+    copies would be made, there are no kernels.
+    """
+    if rows < LARGE:
+        return f"is for {LARGE} rows and more ({rows})"
+    if rows % LINE:
+        return f"takes multiples of {LINE} rows ({rows})"
+    if any(size % LINE for size in shape[1:]):
+        return f"takes sizes that {LINE} divides ({shape[1:]})"
+    return lacks(rows, shape, dtype)
+
+
 def row_tiles(
     rows: int, groups: int, outer: int, inner: int, *, turned: bool, parts: int = 1
 ) -> Tiles:
@@ -86,9 +99,12 @@ def row_tiles(
     return best._replace(by_group=True, band=32 if small else 16)
 
 
-def weight_tiles(rows: int, groups: int, outer: int, inner: int) -> Tiles:
-    """For gradients by weights: the same, of either axis. Two blocks read x together
-    where groups are not large, if no tile is left over.
+def weight_tiles(
+    rows: int, groups: int, outer: int, inner: int, *, two: bool = False
+) -> Tiles:
+    """For gradients by weights: the same, of either axis. Of `two`, each is one block's of
+    a pair that reads x together. Of one, two blocks do where groups are not large, if no
+    tile is left over.
     """
 
     def multiplied(tiles: Tiles) -> int:
@@ -96,6 +112,8 @@ def weight_tiles(rows: int, groups: int, outer: int, inner: int) -> Tiles:
         return down * tiles.rows * across * tiles.columns
 
     best = min([Tiles(128, 256), Tiles(256, 128)], key=multiplied)
+    if two:
+        return best._replace(pair=True)
     even = pl.cdiv(outer, best.rows) % 2 == 0
     return best._replace(pair=best.rows == 128 and even and rows < LARGE * groups)
 

@@ -1,7 +1,10 @@
-"""The Hopper kernel of the gradient by weights: outer products, summed over a group's rows.
+"""The Hopper kernel of gradients by weights: outer products, summed over a group's rows.
 
 Letters: M rows, I inner, O outer, G groups.
 """
+
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +37,22 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
 )
 
 
-def weight_gradient(
-    dy_MO: Float[Array, "M O"],
+def weight_gradients(
+    dys_MO: Sequence[Float[Array, "M O"]],
     x_MI: Float[Array, "M I"],
     sizes_G: Int[Array, " G"],
     *,
     dtype: DTypeLike,
     tiles: Tiles | None = None,
-) -> Float[Array, "G O I"]:
-    """dw[g] = sum of dy[m] outer x[m] over the rows of group g; zeros if it has none."""
-    wanted = dy_MO.shape[1], x_MI.shape[1]
-    dy_MO, x_MI = padded(dy_MO, ALIGN, LINE), padded(x_MI, ALIGN, LINE)
-    outer, inner, groups = dy_MO.shape[1], x_MI.shape[1], sizes_G.shape[0]
-    tiles = tiles or weight_tiles(dy_MO.shape[0], groups, outer, inner)
+) -> list[Float[Array, "G O I"]]:
+    """dw[g] = sum of dy[m] outer x[m] over the rows of group g, for one dy or two; zeros
+    if it has none.
+    """
+    wanted = dys_MO[0].shape[1], x_MI.shape[1]
+    x_MI, *dys_MO = (padded(a, ALIGN, LINE) for a in (x_MI, *dys_MO))
+    outer, inner, groups = dys_MO[0].shape[1], x_MI.shape[1], sizes_G.shape[0]
+    two = len(dys_MO) == 2
+    tiles = tiles or weight_tiles(x_MI.shape[0], groups, outer, inner, two=two)
     stages, leaving = tiles.stages, tiles.leaving
     chunk = 128 // jnp.dtype(dtype).itemsize
 
@@ -57,7 +63,7 @@ def weight_gradient(
 
         pl.run_scoped(
             scope,
-            smem((stages, LINE, tiles.rows), dy_MO.dtype),
+            smem((stages, LINE, tiles.rows), x_MI.dtype),
             smem((stages, LINE, tiles.columns), x_MI.dtype),
             smem((2, leaving, CHUNK_ROWS, chunk), dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -67,26 +73,31 @@ def weight_gradient(
         )
 
     out = jax.ShapeDtypeStruct((groups, outer, inner), dtype)
-    operands = (*by_size(sizes_G), dy_MO, x_MI)
-    dw_GOI = call(kernel, [out], *operands, blocks=tiles.blocks)[0]
-    return dw_GOI[:, : wanted[0], : wanted[1]]
+    operands = (*by_size(sizes_G), x_MI, *dys_MO)
+    made = call(kernel, [out] * len(dys_MO), *operands, blocks=tiles.blocks)
+    return [dw_GOI[:, : wanted[0], : wanted[1]] for dw_GOI in made]
 
 
 class _Weights:
     """One block of the kernel of weights: rows of its tiles are columns of dy, and what
     is summed over are rows of dy and x, LINE at a time, from the last before the group
     that a swizzled tile can start at.
+
+    Two blocks that share x have rows one below the other; of two dy, each has its own.
     """
 
     def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, masked):
         self.tiles = tiles
-        self.groups = Groups(*refs[:-3])
-        self.dy, self.x, self.dw = refs[-3:]
+        fields = len(Groups._fields)
+        self.groups = Groups(*refs[:fields])
+        self.x, *refs = refs[fields:]
+        self.dys, self.dws = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+        self.apart = len(self.dys) == 2
         self.dy_in, self.x_in, self.out, self.masked = dy_in, x_in, out, masked
         self.ring = Ring(tiles.stages, full, free)
-        groups, outer, inner = self.dw.shape
+        groups, outer, inner = self.dws[0].shape
         self.last = groups - 1
-        self.down = pl.cdiv(outer, tiles.all_rows)
+        self.down = pl.cdiv(outer, tiles.rows if self.apart else tiles.all_rows)
         self.across = pl.cdiv(inner, tiles.columns)
         self.tiles_each = self.down * self.across
         self.order = back_and_forth(groups * self.tiles_each, tiles.blocks)
@@ -101,10 +112,17 @@ class _Weights:
         start = lax.div(begin, ALIGN) * ALIGN
         steps = lax.div(end - start + LINE - 1, LINE)
         steps = jnp.where(end > begin, steps, 0)
-        o, i = down * self.tiles.all_rows, across * self.tiles.columns
-        if self.tiles.pair:  # of rows that are columns of dy
-            o = o + lax.axis_index("pair") * self.tiles.rows
-        return rank, o, i, start, steps
+        if self.tiles.pair and not self.apart:
+            down = self.tiles.blocks * down + lax.axis_index("pair")
+        return rank, down * self.tiles.rows, across * self.tiles.columns, start, steps
+
+    def own(self, act: Callable, refs: Sequence) -> None:
+        """Calls `act` with the one that is this block's."""
+        if not self.apart:
+            act(refs[0])
+            return
+        for number, ref in enumerate(refs):
+            pl.when(lax.axis_index("pair") == number)(functools.partial(act, ref))
 
     def copy_tile(self, index, step):
         """Copies in what a tile needs; returns the step after."""
@@ -114,9 +132,13 @@ class _Weights:
             slot = self.ring.to_fill(step)
             full = self.ring.full.at[slot]
             rows = pl.ds(pl.multiple_of(start + number * LINE, ALIGN), LINE)
-            dy = self.dy.at[rows, pl.ds(o, self.tiles.rows)]
+
+            def copy_dy(dy):
+                part = dy.at[rows, pl.ds(o, self.tiles.rows)]
+                plgpu.copy_gmem_to_smem(part, self.dy_in.at[slot], full)
+
+            self.own(copy_dy, self.dys)
             x = self.x.at[rows, pl.ds(i, self.tiles.columns)]
-            plgpu.copy_gmem_to_smem(dy, self.dy_in.at[slot], full)
             axis = "pair" if self.tiles.pair else None
             plgpu.copy_gmem_to_smem(x, self.x_in.at[slot], full, collective_axes=axis)
             return step + 1
@@ -159,9 +181,13 @@ class _Weights:
         width = self.out.shape[-1]
         for number, (r, c, _) in enumerate(chunks(*total.shape, width)):
             chunk = total[r : r + CHUNK_ROWS, c : c + width]
-            slot = to_leave(chunk.astype(self.dw.dtype), self.out, number)
+            slot = to_leave(chunk.astype(self.out.dtype), self.out, number)
             here = pl.ds(o + r, CHUNK_ROWS), pl.ds(i + c, width)
-            plgpu.copy_smem_to_gmem(self.out.at[slot], self.dw.at[(group, *here)])
+
+            def leave(dw, slot=slot, here=here):
+                plgpu.copy_smem_to_gmem(self.out.at[slot], dw.at[(group, *here)])
+
+            self.own(leave, self.dws)
 
 
 def _keep_rows(tile, first, last) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import (
+    feed_forward,
     grouped_feed_forward,
     grouped_matmul,
     grouped_swiglu,
@@ -445,3 +446,46 @@ def test_swiglu_names_what_differs(rng):
         feed_forward(x, gate, up[:, :128], down, sizes)
     with pytest.raises(ValueError, match=r"last axes of .*\(300, 384\).* differ"):
         feed_forward(x, gate, up, up, sizes)
+
+
+@pytest.mark.parametrize("rows", [5, 2048])
+def test_a_dense_feed_forward_and_its_gradients(rng, rows):
+    D, F = 64, 192
+    x, dy = rng.standard_normal((2, rows, D), np.float32)
+    gate, up = rng.standard_normal((2, F, D), np.float32) / 8
+    down = rng.standard_normal((D, F), np.float32) / 14
+
+    def plain(x, gate, up, down):
+        return (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    *operands, dy = map(jnp.asarray, (x, gate, up, down, dy))
+    expected, back = jax.vjp(plain, *operands)
+    for implementation, keep_result in [(None, True), ("xla", False)]:
+        options = {"implementation": implementation, "keep_result": keep_result}
+        run = functools.partial(feed_forward, **options)
+        found, backward = jax.jit(lambda *o, run=run: jax.vjp(run, *o))(*operands)
+        for got, wanted in zip((found, *backward(dy)), (expected, *back(dy))):
+            scale = np.abs(wanted).max()
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6 * scale)
+
+
+def test_a_dense_feed_forward_names_what_does_not_fit(rng, caplog):
+    x, w = jnp.ones((1024, 64), jnp.bfloat16), jnp.ones((128, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="implementation='tpu' is not one of"):
+        feed_forward(x, w, w, w.T, implementation="tpu")
+    unchecked = inspect.unwrap(feed_forward)
+    with pytest.raises(ValueError, match=r"last axes of .* differ"):
+        unchecked(x, w, w, w)
+    with pytest.raises(ValueError, match="differ"):
+        unchecked(x, w, w[:64], w.T)
+    with pytest.raises(NotImplementedError, match=r"Hopper.*bfloat16.*float32"):
+        wide = (a.astype(F32) for a in (x, w, w, w.T))
+        feed_forward(*wide, implementation="hopper")
+    # Left to XLA where nothing was named, with one line.
+    for rows, why in [(1024, ""), (1000, "1024 rows"), (1025, "multiples of 64 rows")]:
+        dispatch._say_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "pallas_kernels"):
+            jax.eval_shape(feed_forward, jnp.ones((rows, 64), x.dtype), w, w, w.T)
+        (line,) = caplog.messages
+        assert why in line and ("Mosaic GPU on cuda" in line) == (not why)

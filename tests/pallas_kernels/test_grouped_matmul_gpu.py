@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
 )
+from pallas_kernels.grouped_matmul.api import feed_forward as dense_feed_forward
 from pallas_kernels.grouped_matmul.items_gpu import Grid, Items, schedule_items
 from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
@@ -211,6 +212,13 @@ def test_blocks_share_x_where_no_tile_is_left_over():
     assert not weight_tiles(2**17, 64, 2816, 2048).pair
 
 
+def test_blocks_share_x_where_each_has_a_gradient_of_its_own():
+    for rows, outer, inner in [(2**17, 896, 1280), (2**17, 1280, 896), (8, 64, 128)]:
+        two = weight_tiles(rows, 64, outer, inner, two=True)
+        one = weight_tiles(rows, 64, outer, inner)
+        assert two.pair and two[:2] == one[:2]
+
+
 def test_what_it_does_not_take_is_said():
     x, w, sizes = jnp.ones((8, 64)), jnp.ones((2, 64, 64)), jnp.array([4, 4])
     with pytest.raises(NotImplementedError, match=r"Hopper.*bfloat16.*float32"):
@@ -223,6 +231,12 @@ from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_swiglu,
 )
+from pallas_kernels.grouped_matmul.api import feed_forward as dense_feed_forward
+
+
+def dense(x, w, sizes, dh):
+    y, back = jax.vjp(dense_feed_forward, x, w[0], w[0], w[0].T)
+    return y, *back(x)
 
 
 def product(x, w, sizes, dy):
@@ -282,6 +296,7 @@ aot = pytest.mark.aot
         ("product", DOWN, "float32"),
         ("feed_forward", UP, "bfloat16"),
         ("feed_forward", (32768, 8, 4096, 7168), "bfloat16"),  # items
+        ("dense", (32768, 1, 896, 1280), "bfloat16"),
         ("decode", (64, 128, 1024, 1024), "bfloat16"),
         pytest.param("product", UP, "bfloat16", marks=aot),
         pytest.param("swiglu", UP, "float32", marks=aot),
@@ -299,13 +314,15 @@ aot = pytest.mark.aot
         pytest.param("feed_forward", (24576, 64, 1408, 2048), "bfloat16", marks=aot),
         pytest.param("feed_forward", (2043, 3, 200, 104), "bfloat16", marks=aot),
         pytest.param("feed_forward", (32768, 8, 2048, 7168), "float32", marks=aot),
+        pytest.param("dense", (8192, 1, 18432, 7168), "bfloat16", marks=aot),
     ],
     ids=str,
 )
 def test_compiles_for_an_h200_without_spills(function, shape, weights):
     program = COMPILE.format(function=function, shape=shape, weights=weights)
     printed, _ = compile_for_h200(program)
-    kernels = {"product": 3, "swiglu": 6, "feed_forward": 7, "decode": 1}[function]
+    kernels = {"product": 3, "swiglu": 5, "feed_forward": 6, "dense": 2, "decode": 1}
+    kernels = kernels[function]
     assert f"kernels: {kernels}" in printed
     if function == "decode":  # no layer is cut out of the stack
         assert int(printed.split("temporaries:")[1]) < 2**24
@@ -465,6 +482,27 @@ def test_feed_forward_equals_float32_on_the_gpu(groups):
         y, dh, ddown = product_by_hand(h, down, dy, sizes)
         _, *into, dscale = swiglu_by_hand(x, gate, up, dh, scale, sizes)
         check(found, (y, *into, ddown, dscale), tolerance=8e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("D", "F"), [(256, 896), (640, 192)])
+def test_dense_feed_forward_equals_float32_on_the_gpu(D, F):
+    rng, whole = np.random.default_rng(D), [M]
+    shapes = (M, D), (F, D), (F, D), (D, F), (M, D)
+    scales = 1, 1 / 16, 1 / 16, 1 / 16, 1
+    x, gate, up, down, dy = (
+        jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16)
+        for shape, scale in zip(shapes, scales)
+    )
+    run = functools.partial(dense_feed_forward, implementation="hopper")
+    y, back = jax.jit(lambda *operands: jax.vjp(run, *operands))(x, gate, up, down)
+    found = y, *back(dy)
+    x, gate, up, down, dy = wide(x, gate, up, down, dy)
+    gate, up, down, ones = gate[None], up[None], down[None], np.ones(M, np.float32)
+    h, *_ = swiglu_by_hand(x, gate, up, np.zeros((M, F)), ones, whole)
+    y, dh, ddown = product_by_hand(h, down, dy, whole)
+    _, dx, dgate, dup, _ = swiglu_by_hand(x, gate, up, dh, ones, whole)
+    check(found, (y, dx, dgate[0], dup[0], ddown[0]), tolerance=8e-3)
 
 
 @pytest.mark.gpu
