@@ -1,9 +1,9 @@
 """Cross-entropy straight from hidden states, in chunks of tokens.
 
-Logits of a whole batch never exist: with V3's vocabulary of 129,280 those of one
-sequence of 4,096 tokens are 2 GB in float32, and so is their gradient. One chunk's
-logits are made, turned into its losses and its gradients, and dropped. Gradients are
-taken in the forward pass, as fused cross-entropies do (the LLM paper's too, section
+Logits of a whole batch never exist, unless asked for: with V3's vocabulary of 129,280
+those of one sequence of 4,096 tokens are 2 GB in float32, and so is their gradient. One
+chunk's logits are made, turned into its losses and its gradients, and dropped. Gradients
+are taken in the forward pass, as fused cross-entropies do (the LLM paper's too, section
 2.4): recomputing the logits in the backward pass would be a fourth product by the head,
 and nothing would be saved, since the backward pass starts here. What waits is the
 gradient of the hidden states, no larger than they are, and that of the head, float32,
