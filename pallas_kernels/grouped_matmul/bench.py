@@ -11,8 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu
+from pallas_kernels.grouped_matmul.api import (
+    feed_forward,
+    grouped_matmul,
+    grouped_swiglu,
+)
 from pallas_kernels.grouped_matmul.implementations import combine
+from pallas_kernels.grouped_matmul.pallas_gpu import weight_gradients
 from pallas_kernels.grouped_matmul.tiles_gpu import place, schedule
 from pallas_kernels.measure import Case
 
@@ -63,6 +68,34 @@ def by_weights(dy, x, sizes, implementation=None):
 def swiglu(x, gate, up, sizes, implementation=None):
     """Both products and what is made of them, as for inference."""
     return grouped_swiglu(x, gate, up, sizes, implementation=implementation)
+
+
+def both_by_weights(dgate, dup, x, sizes):
+    """The gradients of gate and up, in one kernel."""
+    return weight_gradients([dgate, dup], x, sizes, dtype=x.dtype)
+
+
+def by_weights_apart(dgate, dup, x, sizes):
+    """The same, one after the other."""
+    return by_weights(dgate, x, sizes), by_weights(dup, x, sizes)
+
+
+def dense(x, gate, up, down, dy, implementation=None):
+    """A dense feed-forward and its gradients, that of x first."""
+    options = {"implementation": implementation, "keep_result": True}
+    run = functools.partial(feed_forward, **options)
+    y, back = jax.vjp(run, x, gate, up, down)
+    return *back(dy), y
+
+
+def exact_dense(x, gate, up, down, dy):
+    """The gradient of x in float32."""
+    x, gate, up, down, dy = (a.astype(jnp.float32) for a in (x, gate, up, down, dy))
+
+    def plain(x):
+        return (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    return jax.vjp(plain, x)[1](dy)[0]
 
 
 def _tile_by_tile(step: Callable, result: Array, rows: int, sizes: Array) -> Array:
@@ -204,6 +237,44 @@ def case(
     )
 
 
+def both_case(G: int, M: int, K: int, N: int) -> Case:
+    """Gradients of gate and up, which share x."""
+    return Case(
+        operation="grouped_matmul",
+        name=f"both by weights, {G} groups, {M} rows, K {K}, N {N}",
+        inputs=lambda key: draw(key, G, M, (M, N), (M, N), (M, K)),
+        contestants={"pallas": both_by_weights, "apart": by_weights_apart},
+        exact=lambda dgate, _, x, sizes: exact_by_weights(dgate, x, sizes),
+        flops=4 * M * K * N,
+        bytes=2 * (M * K + 2 * M * N + 2 * G * N * K),
+        target="apart > 1x",
+    )
+
+
+def dense_case(M: int, D: int, F: int) -> Case:
+    """A dense feed-forward, forward and back."""
+
+    def inputs(key):
+        shapes = (M, D), (F, D), (F, D), (D, F), (M, D)
+        arrays = zip(jax.random.split(key, 5), shapes)
+        x, *weights, dy = (normal(key, *shape) for key, shape in arrays)
+        return x, *(w / w.shape[1] ** 0.5 for w in weights), dy
+
+    return Case(
+        operation="grouped_matmul",
+        name=f"dense feed-forward and gradients, {M} rows, {D} to {F}",
+        inputs=inputs,
+        contestants={
+            "pallas": dense,
+            "xla": functools.partial(dense, implementation="xla"),
+        },
+        exact=exact_dense,
+        flops=18 * M * D * F,
+        bytes=2 * (4 * M * D + 6 * D * F),
+        target="xla > 1x",
+    )
+
+
 V3_SLICE, V3, V2_LITE = (
     (8, 32768, 7168, 4096),
     (256, 32768, 7168, 4096),
@@ -226,4 +297,7 @@ CASES = [
     case("product", *SMALL_DOWN, target="> torch"),
     case("by rows", *SMALL_DOWN, target="> torch"),
     case("by weights", *SMALL_DOWN, target="> torch"),
+    both_case(*SMALL_UP),
+    dense_case(32768, 1280, 896),
+    dense_case(32768, 1280, 3584),
 ]

@@ -61,6 +61,8 @@ def dispatch(
         reads = name in ("tpu", "hopper")
         return call if reads else lambda *operands: call(*map(apart, operands))
 
+    if implementation == DENSE and not operation.endswith("gradients"):
+        implementation = "xla_dense"  # on all platforms
     if implementation not in (None, DENSE):
         return run(implementation)(*operands)
     choose = _of_one_group if implementation == DENSE else _of_groups
@@ -87,7 +89,7 @@ def _of_groups(x: Array, w: Matrices) -> dict[str, str]:
 
 
 def _of_one_group(x: Array, w: Matrices) -> dict[str, str]:
-    """The same, if there is one that has all rows."""
+    """The same of a gradient, if there is one group that has all rows."""
     asked = "is not asked for" if without_kernels() else ""
     lacking = {"cuda": asked or dense_lacks(x.shape[0], w.shape, x.dtype)}
     note_choice("feed_forward", {"cuda": KERNELS["cuda"]}, lacking)

@@ -481,11 +481,14 @@ def test_a_dense_feed_forward_names_what_does_not_fit(rng, caplog):
     with pytest.raises(NotImplementedError, match=r"Hopper.*bfloat16.*float32"):
         wide = (a.astype(F32) for a in (x, w, w, w.T))
         feed_forward(*wide, implementation="hopper")
-    # Left to XLA where nothing was named, with one line.
+    # Left to XLA where nothing was named, with one line for the gradient.
     for rows, why in [(1024, ""), (1000, "1024 rows"), (1025, "multiples of 64 rows")]:
+        operands = jnp.ones((rows, 64), x.dtype), w, w, w.T
         dispatch._say_once.cache_clear()
         caplog.clear()
         with caplog.at_level(logging.INFO, "pallas_kernels"):
-            jax.eval_shape(feed_forward, jnp.ones((rows, 64), x.dtype), w, w, w.T)
+            jax.eval_shape(feed_forward, *operands)
+            assert not caplog.messages
+            jax.eval_shape(lambda *o: jax.vjp(feed_forward, *o)[1](o[0]), *operands)
         (line,) = caplog.messages
         assert why in line and ("Mosaic GPU on cuda" in line) == (not why)
