@@ -7,6 +7,10 @@ Chunks of it arrive in a ring of buffers, those of the next row while this one i
 Letters: R rows, V vocabulary, l lines of it.
 """
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -46,64 +50,10 @@ def cross_entropy(
     """-log softmax(logits)[target], and weight * (softmax - one-hot)."""
     rows, lines = len(logits_RV), logits_RV.shape[1] // LINE
     tall = next(n for n in range(MOST, 0, -1) if lines % n == 0)  # of a chunk
-    chunks, slots = lines // tall, min(SMEM // (tall * LINE * 4), 8)
+    slots = min(SMEM // (tall * LINE * 4), 8)
 
-    def kernel(logits, targets, weights, losses, gradient, buffer, full):
-        block = lax.axis_index("block")
-        own = lax.div(rows - block + BLOCKS - 1, BLOCKS)
-        steps = own * 2 * chunks
-        layout = plgpu.Layout.WG_STRIDED((tall, LINE), vec_size=2)
-
-        def row_of(number):
-            return block + number * BLOCKS
-
-        def fetch(step):
-            slot, row = lax.rem(step, slots), row_of(lax.div(step, 2 * chunks))
-            here = pl.ds(lax.rem(step, chunks) * tall, tall)
-            plgpu.copy_gmem_to_smem(
-                logits.at[row, here], buffer.at[slot], full.at[slot]
-            )
-
-        def arrived(step):
-            slot = lax.rem(step, slots)
-            plgpu.barrier_wait(full.at[slot])
-            return load(buffer.at[slot], layout=layout)
-
-        def next_(step):
-            pl.when(step + slots < steps)(lambda: fetch(step + slots))
-
-        def one_row(number, _):
-            first, row = number * 2 * chunks, row_of(number)
-            target, weight = targets[row], weights[row]
-
-            def sum_up(chunk, sums):
-                largest, total = sums
-                x = arrived(first + chunk)
-                more = jnp.maximum(largest, jnp.max(x))
-                total = total * jnp.exp(largest - more) + jnp.sum(jnp.exp(x - more))
-                next_(first + chunk)  # both sums wait for all threads to have read
-                return more, total
-
-            start = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
-            largest, total = lax.fori_loop(0, chunks, sum_up, start)
-            share = weight / total
-
-            def write(chunk, _):
-                step = first + chunks + chunk
-                softmax = jnp.exp(arrived(step) - largest) * share
-                here = pl.ds(chunk * tall, tall)
-                gradient[row, here] = softmax.astype(dtype)
-                next_(step)  # and so does a store
-
-            lax.fori_loop(0, chunks, write, None)
-            where = row, lax.div(target, LINE), lax.rem(target, LINE)
-            shifted = logits[where] - largest
-            losses[row] = jnp.log(total) - shifted
-            gradient[where] = (jnp.exp(shifted) * share - weight).astype(dtype)
-
-        for step in range(slots):
-            pl.when(step < steps)(lambda step=step: fetch(step))
-        lax.fori_loop(0, own, one_row, None)
+    def kernel(*refs):
+        _Block(rows, lines // tall, lax.axis_index("block"), *refs).run()
 
     losses_R, gradient_RlL = plgpu.kernel(
         kernel,
@@ -126,3 +76,104 @@ def cross_entropy(
         weights_R.astype(jnp.float32),
     )
     return losses_R, gradient_RlL.reshape(rows, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """One block of threads, and its rows. A row is read twice, chunk by chunk: each time
+    is a step, whose chunk is copied in as many steps ahead as there are slots.
+    """
+
+    rows: int
+    chunks: int  # of a row
+    number: Any  # the block's
+    logits: Any  # [R, lines, LINE]
+    targets: Any
+    weights: Any
+    losses: Any
+    gradient: Any
+    buffer: Any  # [slots, lines of a chunk, LINE]
+    full: Any
+
+    @property
+    def slots(self) -> int:
+        return self.buffer.shape[0]
+
+    @property
+    def tall(self) -> int:
+        """Lines of a chunk."""
+        return self.buffer.shape[1]
+
+    @property
+    def own(self):
+        """How many rows are this block's."""
+        return lax.div(self.rows - self.number + BLOCKS - 1, BLOCKS)
+
+    def row(self, number):
+        """One of them, among all."""
+        return self.number + number * BLOCKS
+
+    def run(self) -> None:
+        own = self.own
+        steps = own * 2 * self.chunks
+        for step in range(self.slots):
+            pl.when(step < steps)(functools.partial(self.fetch, step))
+        lax.fori_loop(0, own, functools.partial(self.do_row, steps), None)
+
+    def fetch(self, step) -> None:
+        slot = lax.rem(step, self.slots)
+        row = self.row(lax.div(step, 2 * self.chunks))
+        here = pl.ds(lax.rem(step, self.chunks) * self.tall, self.tall)
+        plgpu.copy_gmem_to_smem(
+            self.logits.at[row, here], self.buffer.at[slot], self.full.at[slot]
+        )
+
+    def arrived(self, step) -> Array:
+        """A step's chunk."""
+        slot = lax.rem(step, self.slots)
+        plgpu.barrier_wait(self.full.at[slot])
+        layout = plgpu.Layout.WG_STRIDED((self.tall, LINE), vec_size=2)
+        return load(self.buffer.at[slot], layout=layout)
+
+    def done(self, step, steps) -> None:
+        """The next chunk may take the place of a step's: all threads have read it."""
+        further = step + self.slots
+        pl.when(further < steps)(lambda: self.fetch(further))
+
+    def do_row(self, steps, number, _) -> None:
+        first, row = number * 2 * self.chunks, self.row(number)
+        target, weight = self.targets[row], self.weights[row]
+        largest, total = self.sum_up(first, steps)
+        share = weight / total
+        self.write(first + self.chunks, steps, row, largest, share)
+        where = row, lax.div(target, LINE), lax.rem(target, LINE)
+        shifted = self.logits[where] - largest
+        self.losses[row] = jnp.log(total) - shifted
+        gradient = jnp.exp(shifted) * share - weight
+        self.gradient[where] = gradient.astype(self.gradient.dtype)
+
+    def sum_up(self, first, steps) -> tuple[Array, Array]:
+        """A row's largest logit, and the sum of exponentials of the others less it."""
+
+        def one(chunk, sums):
+            largest, total = sums
+            x = self.arrived(first + chunk)
+            more = jnp.maximum(largest, jnp.max(x))
+            total = total * jnp.exp(largest - more) + jnp.sum(jnp.exp(x - more))
+            self.done(first + chunk, steps)  # both sums wait for all threads
+            return more, total
+
+        start = jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0)
+        return lax.fori_loop(0, self.chunks, one, start)
+
+    def write(self, first, steps, row, largest, share) -> None:
+        """A row's gradient, but for its target."""
+
+        def one(chunk, _):
+            step = first + chunk
+            softmax = jnp.exp(self.arrived(step) - largest) * share
+            here = pl.ds(chunk * self.tall, self.tall)
+            self.gradient[row, here] = softmax.astype(self.gradient.dtype)
+            self.done(step, steps)  # a store waits for all threads, too
+
+        lax.fori_loop(0, self.chunks, one, None)

@@ -8,7 +8,9 @@ places: of k copies, k + 1 rows move instead of 2 k.
 Letters: N rows, M places, R places of a row at most, D elements of a row.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,66 +70,8 @@ def spread_rows(
     each, rows = _cut(D, R, dtype)
     blocks, numbers = each * SMS, pl.cdiv(rows * R, WHOLE) * WHOLE
 
-    def kernel(x, places, row, out, buffer, here, rows_here, zeros, full, told):
-        block = lax.axis_index("block")
-
-        def share(total: int):
-            return lax.div(total - block + blocks - 1, blocks)
-
-        def at(step):
-            return lax.rem(step, SLOTS), (block + step * blocks) * rows
-
-        def fetch(step):
-            slot, first = at(step)
-            source = x.at[pl.ds(first, rows)]
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
-            source = places.at[pl.ds(first * R, numbers)]
-            plgpu.copy_gmem_to_smem(source, here.at[slot], full.at[slot])
-
-        def send(step, _):
-            slot, first = at(step)
-            plgpu.barrier_wait(full.at[slot])
-            lax.fori_loop(0, rows, functools.partial(send_row, slot, first), None)
-            plgpu.commit_smem_to_gmem_group()
-            # All but these have left, and with them the buffer to fill next.
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            pl.when(step + SLOTS - 1 < steps)(lambda: fetch(step + SLOTS - 1))
-
-        def send_row(slot, first, number, _):
-            for choice in range(R):
-                place = here[slot, number * R + choice]
-                pl.when((place < M) & (first + number < N))(
-                    lambda place=place: copy(buffer.at[slot, number], place)
-                )
-
-        def copy(source, place):
-            plgpu.copy_smem_to_gmem(source, out.at[place], commit_group=False)
-
-        def fill(number, _):
-            # The thread that copies has read all numbers when it copies in the next ones;
-            # what the others read then does not matter.
-            start = (block + number * blocks) * PLACES
-            source = row.at[pl.ds(start, PLACES)]
-            plgpu.copy_gmem_to_smem(source, rows_here, told)
-            plgpu.barrier_wait(told)
-            layout = plgpu.Layout.WG_STRIDED((PLACES,), vec_size=1)
-            most = load(rows_here, layout=layout).max(0)
-
-            def look(i, _):
-                pl.when(rows_here[i] >= N)(lambda: copy(zeros, start + i))
-
-            pl.when(most >= N)(lambda: lax.fori_loop(0, PLACES, look, None))
-
-        steps = share(pl.cdiv(N, rows))
-        for step in range(SLOTS - 1):
-            pl.when(step < steps)(functools.partial(fetch, step))
-        lax.fori_loop(0, steps, send, None)
-        # What lies outside of an array is copied as zeros.
-        plgpu.copy_gmem_to_smem(x.at[N], zeros, told)
-        plgpu.barrier_wait(told)
-        lax.fori_loop(0, share(pl.cdiv(M, PLACES)), fill, None)
-        plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    def kernel(*refs):
+        _Block(N, R, blocks, lax.axis_index("block"), *refs).run()
 
     spread = plgpu.kernel(
         kernel,
@@ -148,3 +92,98 @@ def spread_rows(
     )
     operands = places_NR.reshape(-1).astype(jnp.int32), row_M.astype(jnp.int32)
     return spread(x_ND.reshape(N, *lines), *operands).reshape(M, D)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """One block of threads: rows, some at a time, and then places without a row."""
+
+    N: int
+    R: int
+    blocks: int
+    number: Any  # the block's
+    x: Any  # [N, lines, line]
+    places: Any  # [N R]
+    row: Any  # [M]
+    out: Any  # [M, lines, line]
+    buffer: Any  # [SLOTS, rows at a time, lines, line]
+    here: Any  # [SLOTS, numbers]: their places
+    rows_here: Any  # [PLACES]
+    zeros: Any  # [lines, line]
+    full: Any
+    told: Any
+
+    @property
+    def rows(self) -> int:
+        """That are read together."""
+        return self.buffer.shape[1]
+
+    def run(self) -> None:
+        steps = self.share(pl.cdiv(self.N, self.rows))
+        for step in range(SLOTS - 1):
+            pl.when(step < steps)(functools.partial(self.fetch, step))
+        lax.fori_loop(0, steps, functools.partial(self.send, steps), None)
+        # What lies outside of an array is copied as zeros.
+        plgpu.copy_gmem_to_smem(self.x.at[self.N], self.zeros, self.told)
+        plgpu.barrier_wait(self.told)
+        looks = self.share(pl.cdiv(self.out.shape[0], PLACES))
+        lax.fori_loop(0, looks, self.fill, None)
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def share(self, total: int):
+        """How many of so many are this block's."""
+        return lax.div(total - self.number + self.blocks - 1, self.blocks)
+
+    def at(self, step):
+        """A step's slot, and its first row."""
+        slot = lax.rem(step, SLOTS)
+        return slot, (self.number + step * self.blocks) * self.rows
+
+    def fetch(self, step) -> None:
+        """Copies in a step's rows and their places."""
+        slot, first = self.at(step)
+        full = self.full.at[slot]
+        source = self.x.at[pl.ds(first, self.rows)]
+        plgpu.copy_gmem_to_smem(source, self.buffer.at[slot], full)
+        source = self.places.at[pl.ds(first * self.R, self.here.shape[1])]
+        plgpu.copy_gmem_to_smem(source, self.here.at[slot], full)
+
+    def send(self, steps, step, _) -> None:
+        """Copies a step's rows to all of their places."""
+        slot, first = self.at(step)
+        plgpu.barrier_wait(self.full.at[slot])
+        send_row = functools.partial(self.send_row, slot, first)
+        lax.fori_loop(0, self.rows, send_row, None)
+        plgpu.commit_smem_to_gmem_group()
+        # All but these have left, and with them the buffer to fill next.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        further = step + SLOTS - 1
+        pl.when(further < steps)(lambda: self.fetch(further))
+
+    def send_row(self, slot, first, number, _) -> None:
+        for choice in range(self.R):
+            place = self.here[slot, number * self.R + choice]
+            there = (place < self.out.shape[0]) & (first + number < self.N)
+            source = self.buffer.at[slot, number]
+            pl.when(there)(functools.partial(self.copy, source, place))
+
+    def copy(self, source, place) -> None:
+        plgpu.copy_smem_to_gmem(source, self.out.at[place], commit_group=False)
+
+    def fill(self, number, _) -> None:
+        """Zeros for those of PLACES that no row goes to."""
+        # The thread that copies has read all numbers when it copies in the next ones;
+        # what the others read then does not matter.
+        start = (self.number + number * self.blocks) * PLACES
+        source = self.row.at[pl.ds(start, PLACES)]
+        plgpu.copy_gmem_to_smem(source, self.rows_here, self.told)
+        plgpu.barrier_wait(self.told)
+        layout = plgpu.Layout.WG_STRIDED((PLACES,), vec_size=1)
+        most = load(self.rows_here, layout=layout).max(0)
+
+        def look(i, _):
+            empty = self.rows_here[i] >= self.N
+            pl.when(empty)(lambda: self.copy(self.zeros, start + i))
+
+        pl.when(most >= self.N)(lambda: lax.fori_loop(0, PLACES, look, None))
