@@ -3,8 +3,10 @@
 Letters: B rows, M queries of a row, L latent.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,60 +38,17 @@ def combine(
     """
     if parts == 1:
         return out_BML, lse
-    B, M, L = out_BML.shape
+    B, M, _ = out_BML.shape
     rows = M // lse.shape[1]
     # Many rows are cut a few times each, a few may be cut often.
     turns = 4 if parts < B else 1
     queries, depth = (2, 4) if B >= 32 else (1, 16)
 
-    def kernel(lengths, sums, lses, out, lse):
+    def kernel(lengths, *refs):
         row = lax.axis_index("row")
         first, pieces = place_of(lengths, row, slots=slots, parts=parts)
-
-        def add(i, found, places):
-            """Adds `depth` pieces: their loads do not wait for each other."""
-            numbers = [i * depth + k for k in range(depth)]
-            spots = [2 * (first + jnp.minimum(k, pieces - 1)) for k in numbers]
-            spots = [s + (k == 0).astype(jnp.int32) for s, k in zip(spots, numbers)]
-            added = []
-            for (highest, weight, acc), place in zip(found, places):
-                each = [
-                    jnp.where(k < pieces, lses[slot, *place], -jnp.inf)
-                    for k, slot in zip(numbers, spots)
-                ]
-                before, highest = highest, functools.reduce(jnp.maximum, each, highest)
-                factor = jnp.exp2((before - highest) * LOG2E)
-                weight, acc = weight * factor, acc * factor
-                for slot, piece in zip(spots, each):
-                    factor = jnp.exp2((piece - highest) * LOG2E)
-                    weight, acc = weight + factor, acc + sums[slot, *place] * factor
-                added.append((highest, weight, acc))
-            return added
-
-        def turn(number):
-            query = (lax.axis_index("query") * turns + number) * queries
-            places = [
-                (lax.div(query + q, rows), lax.rem(query + q, rows))
-                for q in range(queries)
-            ]
-            nothing = plgpu.layout_cast(
-                jnp.zeros((L,), jnp.float32), plgpu.Layout.WG_STRIDED((L,), 2)
-            )
-            found = lax.fori_loop(
-                0,
-                lax.div(pieces + depth - 1, depth),
-                functools.partial(add, places=places),
-                [(jnp.float32(LOWEST), jnp.float32(0), nothing)] * queries,
-            )
-            for (highest, weight, acc), (tile, r) in zip(found, places):
-                some = weight > 0
-                acc = acc * jnp.where(some, 1 / weight, 0.0)
-                out[row, tile * rows + r] = acc.astype(out.dtype)
-                lse[row, tile, r] = jnp.where(
-                    some, highest + jnp.log2(weight) / LOG2E, -jnp.inf
-                )
-
-        pl.when(pieces > 1)(lambda: pl.loop(0, turns)(turn))
+        one = _Row(row, first, pieces, rows, queries, depth, turns, *refs)
+        pl.when(pieces > 1)(lambda: pl.loop(0, turns)(one.turn))
 
     out_ref, lse_ref = jax.new_ref(out_BML), jax.new_ref(lse)
     pl.kernel(
@@ -101,3 +60,65 @@ def combine(
         ),
     )(lengths_B, sums, lses, out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row in one block of threads, which puts together some of its queries."""
+
+    row: Any
+    first: Any  # the part where it begins
+    pieces: Any
+    rows: int  # queries of a tile
+    queries: int  # at once
+    depth: int  # pieces at once
+    turns: int
+    sums: Any
+    lses: Any
+    out: Any
+    lse: Any
+
+    def turn(self, number) -> None:
+        """Puts the next queries together."""
+        block = lax.axis_index("query")
+        query = (block * self.turns + number) * self.queries
+        places = [
+            (lax.div(query + q, self.rows), lax.rem(query + q, self.rows))
+            for q in range(self.queries)
+        ]
+        latent = self.sums.shape[-1:]
+        layout = plgpu.Layout.WG_STRIDED(latent, 2)
+        nothing = plgpu.layout_cast(jnp.zeros(latent, jnp.float32), layout)
+        found = lax.fori_loop(
+            0,
+            lax.div(self.pieces + self.depth - 1, self.depth),
+            functools.partial(self.add, places=places),
+            [(jnp.float32(LOWEST), jnp.float32(0), nothing)] * self.queries,
+        )
+        for (highest, weight, acc), (tile, r) in zip(found, places):
+            some = weight > 0
+            acc = acc * jnp.where(some, 1 / weight, 0.0)
+            self.out[self.row, tile * self.rows + r] = acc.astype(self.out.dtype)
+            self.lse[self.row, tile, r] = jnp.where(
+                some, highest + jnp.log2(weight) / LOG2E, -jnp.inf
+            )
+
+    def add(self, i, found, places) -> list:
+        """Adds `depth` pieces: their loads do not wait for each other."""
+        numbers = [i * self.depth + k for k in range(self.depth)]
+        spots = [2 * (self.first + jnp.minimum(k, self.pieces - 1)) for k in numbers]
+        spots = [s + (k == 0).astype(jnp.int32) for s, k in zip(spots, numbers)]
+        added = []
+        for (highest, weight, acc), place in zip(found, places):
+            each = [
+                jnp.where(k < self.pieces, self.lses[slot, *place], -jnp.inf)
+                for k, slot in zip(numbers, spots)
+            ]
+            before, highest = highest, functools.reduce(jnp.maximum, each, highest)
+            factor = jnp.exp2((before - highest) * LOG2E)
+            weight, acc = weight * factor, acc * factor
+            for slot, piece in zip(spots, each):
+                factor = jnp.exp2((piece - highest) * LOG2E)
+                weight, acc = weight + factor, acc + self.sums[slot, *place] * factor
+            added.append((highest, weight, acc))
+        return added
