@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mla_decode.schedule_gpu import place_of
+from pallas_kernels.mosaic import load
 
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # a number below all scores, without the trouble of infinities
@@ -26,6 +27,7 @@ def combine(
     out_BML: Float[Array, "B M L"],
     lse: Float[Array, "B tiles 64"],
     sums: Float[Array, "places tiles 64 L"],
+    units: Float[Array, "places tiles 2 64"],
     lses: Float[Array, "places tiles 64"],
     *,
     slots: int,
@@ -33,6 +35,7 @@ def combine(
 ) -> tuple[Float[Array, "B M L"], Float[Array, "B tiles 64"]]:
     """The outputs, in place, with the rows that were cut: place 2p of `sums` and `lses`
     is where part p goes on with a row, 2p + 1 is where it begins one that others end.
+    `sums` are float16, in bfloat16's clothes; either half of a query's has a unit.
 
     Rows that were not cut cost next to nothing.
     """
@@ -58,7 +61,11 @@ def combine(
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(lengths_B, sums, lses, out_ref, lse_ref)
+    )(
+        lengths_B,
+        lax.bitcast_convert_type(sums, jnp.float16),
+        *(units, lses, out_ref, lse_ref),
+    )
     return jax.freeze(out_ref), jax.freeze(lse_ref)
 
 
@@ -74,9 +81,18 @@ class _Row:
     depth: int  # pieces at once
     turns: int
     sums: Any
+    units: Any
     lses: Any
     out: Any
     lse: Any
+
+    @property
+    def latent(self) -> tuple[int]:
+        return self.sums.shape[-1:]
+
+    @property
+    def layout(self):
+        return plgpu.Layout.WG_STRIDED(self.latent, 4)
 
     def turn(self, number) -> None:
         """Puts the next queries together."""
@@ -86,9 +102,7 @@ class _Row:
             (lax.div(query + q, self.rows), lax.rem(query + q, self.rows))
             for q in range(self.queries)
         ]
-        latent = self.sums.shape[-1:]
-        layout = plgpu.Layout.WG_STRIDED(latent, 2)
-        nothing = plgpu.layout_cast(jnp.zeros(latent, jnp.float32), layout)
+        nothing = plgpu.layout_cast(jnp.zeros(self.latent, jnp.float32), self.layout)
         found = lax.fori_loop(
             0,
             lax.div(self.pieces + self.depth - 1, self.depth),
@@ -119,6 +133,14 @@ class _Row:
             weight, acc = weight * factor, acc * factor
             for slot, piece in zip(spots, each):
                 factor = jnp.exp2((piece - highest) * LOG2E)
-                weight, acc = weight + factor, acc + self.sums[slot, *place] * factor
+                weight, acc = weight + factor, acc + self.piece(slot, *place) * factor
             added.append((highest, weight, acc))
         return added
+
+    def piece(self, slot, tile, r) -> Array:
+        """A query's part of the sum, as a part of the grid left it."""
+        left, right = (self.units[slot, tile, half, r] for half in range(2))
+        column = plgpu.broadcasted_iota(jnp.int32, self.latent, 0, layout=self.layout)
+        scale = jnp.where(column < self.latent[0] // 2, left, right)
+        sums = load(self.sums.at[slot, tile, r], layout=self.layout)
+        return sums.astype(jnp.float32) * scale

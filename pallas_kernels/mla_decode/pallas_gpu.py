@@ -116,7 +116,7 @@ def decode(
     lengths_B = lengths_B.astype(jnp.int32)
     if pages_BP is None:
         pages_BP = jnp.zeros((1, 1))
-    out, lse, sums, lses = (kernel or _call)(sizes)(
+    out, lse, *pieces = (kernel or _call)(sizes)(
         lengths_B,
         jnp.asarray(layer, jnp.int32)[None],
         pages_BP.astype(jnp.int32),
@@ -126,7 +126,7 @@ def decode(
         rope_YXRZ.reshape(Y * X, R, Z),
         *(scale_YXZ.reshape(Y * X, Z) for scale_YXZ in latent_scale_YXZ),
     )
-    out, lse = combine(lengths_B, out, lse, sums, lses, slots=slots, parts=sizes.parts)
+    out, lse = combine(lengths_B, out, lse, *pieces, slots=slots, parts=sizes.parts)
     return out.reshape(q_BTNL.shape), lse[:, :, : sizes.rows].reshape(B, T, N)
 
 
@@ -235,7 +235,8 @@ def launched(kernel: Callable, sizes: _Sizes, *, name: str, slot_bytes: int):
         out_type=(
             jax.ShapeDtypeStruct((s.B, s.T * s.N, L), jnp.bfloat16),
             jax.ShapeDtypeStruct((s.B, tiles, TALL), jnp.float32),
-            jax.ShapeDtypeStruct((places, tiles, TALL, L), jnp.float32),
+            jax.ShapeDtypeStruct((places, tiles, TALL, L), jnp.bfloat16),
+            jax.ShapeDtypeStruct((places, tiles, 2, TALL), jnp.float32),
             jax.ShapeDtypeStruct((places, tiles, TALL), jnp.float32),
         ),
         mesh=plgpu.Mesh(**grid, num_threads=4, thread_name="warpgroup"),
@@ -294,6 +295,7 @@ class _Kernel:
     out: Any
     lse: Any
     sums: Any
+    units: Any
     lses: Any
     shared: _Shared
 
@@ -622,17 +624,7 @@ class _Kernel:
         at = lax.rem(step, 2)
         inverse = load(shared.factors.at[2 + at], layout=COLUMN)
         plgpu.barrier_arrive(shared.weights_free.at[at])
-        acc = acc * _rows(inverse, acc)
-
-        @pl.when(stretch.whole)
-        def _():
-            self.store(half, stretch, acc)
-
-        @pl.when(~stretch.whole)
-        def _():
-            slot, tile = self.place(stretch)
-            self.sums[slot, tile, :, pl.ds(half * HALF, HALF)] = acc
-
+        self.store(half, stretch, acc * _rows(inverse, acc))
         for quarter in range(2):
             plgpu.barrier_arrive(shared.free.at[_quarter(step, half, quarter)])
 
@@ -683,17 +675,37 @@ class _Kernel:
     def store(self, half: int, stretch: _Stretch, acc) -> None:
         """Through the place of the last block, which is free after that."""
         latents = self.shared.latents.at[lax.rem(stretch.end - 1, SLOTS), half]
+        place = self.place(stretch)
+
+        def piece(acc):
+            """Rounded once more than results are, so to float16, in units of its largest
+            number.
+            """
+            largest = jnp.maximum(acc.max(axis=1), (-acc).max(axis=1))
+            self.units[(*place, half)] = largest
+            unit = jnp.where(largest > 0, 1 / largest, jnp.zeros_like(largest))
+            acc = (acc * _rows(unit, acc)).astype(jnp.float16)
+            return lax.bitcast_convert_type(acc, jnp.bfloat16)
+
+        def result(acc):
+            return acc.astype(jnp.bfloat16)
+
+        rounded = lax.cond(stretch.whole, result, piece, acc)
         plgpu.commit_smem()  # all warps have multiplied
         for quarter in range(2):
             columns = slice(quarter * QUARTER, (quarter + 1) * QUARTER)
-            latents[quarter] = acc[:, columns].astype(jnp.bfloat16)
+            latents[quarter] = rounded[:, columns]
         plgpu.commit_smem()
-        for quarter in range(2):
-            columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
-            plgpu.copy_smem_to_gmem(
-                latents.at[(quarter, *self.there)],
-                self.out.at[stretch.row, self.queries, columns],
-            )
+
+        def leave(target, *there):
+            for quarter in range(2):
+                columns = pl.ds(half * HALF + quarter * QUARTER, QUARTER)
+                source = latents.at[(quarter, *self.there)]
+                plgpu.copy_smem_to_gmem(source, target.at[(*there, columns)])
+
+        row, cut = (stretch.row, self.queries), (*place, *self.there)
+        pl.when(stretch.whole)(lambda: leave(self.out, *row))
+        pl.when(~stretch.whole)(lambda: leave(self.sums, *cut))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
