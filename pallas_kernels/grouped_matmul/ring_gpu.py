@@ -4,13 +4,13 @@ buffers, tiles in shared memory.
 A block of the grid stays for the whole run and makes one tile of the output after the
 other. One warpgroup copies operands to a ring of buffers in shared memory and runs ahead,
 over the ends of tiles; two multiply, each its half of a tile's rows, one step in flight
-while the next is issued, and neither waits for the other, so that one may store while the
-other multiplies.
+while the next is issued. Neither waits for the other, and what there is to do beside
+products may be done under the next tile's.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -60,10 +60,22 @@ class Ring(NamedTuple):
         """One warpgroup is done with a step's operands."""
         plgpu.barrier_arrive(self.free.at[self.slot(step)])
 
-    def sum_up(self, multiply: Callable, steps, step, shape: tuple[int, int]):
+    def sum_up(
+        self,
+        multiply: Callable,
+        steps,
+        step,
+        shape: tuple[int, int],
+        meanwhile: Sequence[Callable] = (),
+        least: int = 1,
+    ):
         """Runs `multiply(acc, number, slot)` for some steps; returns what they added
         up to. A buffer is released when the products after its own are issued.
+
+        `meanwhile` is called under the first products, and what it returns is returned,
+        too. It is dealt out over the steps, of which there are at `least` so many.
         """
+        each = max(pl.cdiv(len(meanwhile), least), 1)
 
         def one(acc, number, step):
             multiply(acc, number, self.filled(step))
@@ -76,14 +88,19 @@ class Ring(NamedTuple):
             return step + 1
 
         def run(acc):
-            end = lax.fori_loop(0, steps, functools.partial(one, acc), step)
+            number, end, found = 0, step, []
+            for first in range(0, len(meanwhile), each):
+                end = one(acc, number, end)
+                found += [work() for work in meanwhile[first : first + each]]
+                number += 1
+            end = lax.fori_loop(number, steps, functools.partial(one, acc), end)
             total = acc[...]
 
             @pl.when(steps > 0)
             def _():
                 self.release(end - 1)
 
-            return total
+            return total, found
 
         return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
 
@@ -133,43 +150,46 @@ def back_and_forth(tiles: Int[Array, ""] | int, blocks: int) -> BackAndForth:
     return BackAndForth(tiles, SMS // blocks, lax.axis_index("cluster"))
 
 
-@runtime_checkable
-class Block(Protocol):
-    """What one block of a kernel does. Both take a tile's number and the step it begins
-    with, and return the step after.
-    """
+class Block:
+    """What one block of a kernel does, tile by tile: one of each wave of `order`."""
 
     ring: Ring
     order: BackAndForth
 
-    def copy_tile(self, index, step):
-        """Copies in what a tile needs."""
+    def copy_tile(self, wave, step):
+        """Copies in what a tile needs, from a step of the ring on; the step after."""
+        raise NotImplementedError
 
-    def multiply_tile(self, index, step):
-        """Makes a tile of it."""
+    def begin(self):
+        """What a warpgroup that multiplies knows before its first tile: the step."""
+        return 0
+
+    def multiply_tile(self, wave, state):
+        """Makes a tile of what is copied in; what is known after it."""
+        raise NotImplementedError
+
+    def end(self, state) -> None:
+        """What is left to do after the last tile."""
 
 
 def run(block: Block, blocks: int = 1) -> None:
     """What the three warpgroups of a block do, if tiles are done by `blocks` at once."""
     warpgroup = lax.axis_index("warpgroup")
 
-    def each(one_tile):
-        def one(wave, step):
-            return one_tile(block.order.number(wave), step)
-
-        return lax.fori_loop(0, block.order.count, one, 0)
+    def each(one_tile, state):
+        return lax.fori_loop(0, block.order.count, one_tile, state)
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
-        steps = each(block.copy_tile)
+        plgpu.set_max_registers(24, action="decrease")
+        steps = each(block.copy_tile, 0)
         if blocks > 1:  # none may end while the other's signals are on their way
             block.ring.drain(steps)
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(232, action="increase")
-        each(block.multiply_tile)
+        plgpu.set_max_registers(240, action="increase")
+        block.end(each(block.multiply_tile, block.begin()))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

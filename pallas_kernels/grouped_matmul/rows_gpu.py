@@ -5,7 +5,7 @@ Letters: M rows, I inner, O outer, G groups.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
     BackAndForth,
+    Block,
     Ring,
     back_and_forth,
     call,
@@ -109,6 +110,11 @@ class _RowsPlan:
         return self.parts * self.products + self.scaled
 
     @property
+    def made(self) -> int:
+        """Columns of what is made of a tile: see `_Products.made`."""
+        return self.tiles.columns if self.products else self.width
+
+    @property
     def grid(self) -> Grid:
         """Of items."""
         tiles = self.tiles
@@ -130,6 +136,15 @@ class _Place(NamedTuple):
     column: Int[Array, ""]  # the first
     steps: Int[Array, ""]  # how often to multiply with each matrix
     wide: Bool[Array, ""] | bool  # the blocks share rows, not a matrix
+
+
+class _Part(NamedTuple):
+    """What of a tile is a warpgroup's."""
+
+    start: Int[Array, ""]  # its first row
+    count: Int[Array, ""]  # rows from there on that are the group's
+    column: Int[Array, ""]  # the first
+    steps: Int[Array, ""]  # how often to multiply
 
 
 def multiply_rows(
@@ -166,8 +181,7 @@ def multiply_rows(
 
     def kernel(*refs):
         def scope(*buffers):
-            block = _Rows(plan, refs, *buffers)
-            run(block, tiles.blocks)
+            run(_Products(plan, refs, *buffers), tiles.blocks)
 
         lines = (tiles.stages, tiles.columns, LINE)
         if not turned:
@@ -187,8 +201,8 @@ def multiply_rows(
     return tuple(y[: wanted[0], : wanted[1]] for y in outputs)
 
 
-class _Rows:
-    """One block of the kernel of rows."""
+class _Rows(Block):
+    """One block of a kernel of rows, but for what it makes of a tile's sums."""
 
     def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
         self.plan = plan
@@ -214,9 +228,12 @@ class _Rows:
         self.down = tile_count(self.schedule, plan.M, tiles.all_rows)
         return back_and_forth(self.down * plan.across, tiles.blocks)
 
-    def place(self, index) -> _Place:
-        """Surplus rows are never multiplied, and so get zeros."""
+    def place(self, wave) -> _Place:
+        """Where a wave's tile lies, or the last one, if there are not as many. Surplus
+        rows are never multiplied, and so get zeros.
+        """
         plan, tiles, wide = self.plan, self.plan.tiles, False
+        index = jnp.minimum(self.order.number(wave), self.order.tiles - 1)
         if tiles.items:
             group, (start, count, column, wide) = self.items.item(index)
             column = column + jnp.where(wide, lax.axis_index("pair"), 0)
@@ -241,10 +258,10 @@ class _Rows:
             number = jnp.where(wide, warpgroup, number)
         return number * tiles.half
 
-    def copy_tile(self, index, step):
+    def copy_tile(self, wave, step):
         """Copies in what a tile needs; returns the step after."""
         plan = self.plan
-        group, start, count, column, steps, wide = self.place(index)
+        group, start, count, column, steps, wide = self.place(wave)
         columns, matrix = pl.ds(column, plan.width), group + self.first_matrix[0]
 
         def load(x, ws, wide, number, step):
@@ -300,61 +317,110 @@ class _Rows:
             def _():
                 plgpu.barrier_arrive(full)
 
-    def multiply_tile(self, index, step):
-        """Makes a tile of what is copied in; returns the step after."""
+    def part(self, wave) -> _Part:
+        """What of a wave's tile is this warpgroup's."""
         plan, half = self.plan, self.plan.tiles.half
-        _, start, count, column, steps, wide = self.place(index)
-        steps = steps * plan.lhs
-        warpgroup = lax.axis_index("warpgroup")
-        above = self.above(warpgroup, wide)
-        start, count = start + above, jnp.clip(count - above, 0, half)
+        _, start, count, column, steps, wide = self.place(wave)
+        above = self.above(lax.axis_index("warpgroup"), wide)
+        count = jnp.clip(count - above, 0, half)
+        return _Part(start + above, count, column, steps * plan.lhs)
 
-        def multiply(acc, _, slot):
-            w = self.w_in.at[slot]
-            mine = self.x_in.at[slot, pl.ds(warpgroup * half, half)]
-            plgpu.wgmma(acc, mine, w.T if plan.turned else w)
+    def multiply(self, acc, _, slot) -> None:
+        """Adds the products of what lies in a buffer."""
+        w, half = self.w_in.at[slot], self.plan.tiles.half
+        mine = pl.ds(lax.axis_index("warpgroup") * half, half)
+        plgpu.wgmma(acc, self.x_in.at[slot, mine], w.T if self.plan.turned else w)
 
-        @pl.when(count > 0)
-        def _():
-            self.before_tile(start, column)
-            total = self.ring.sum_up(multiply, steps, step, (half, plan.tiles.columns))
-            self.store(total, start, count, column)
 
-        @pl.when(count == 0)
-        def _():
-            self.ring.skip(steps, step)
+class _Products(_Rows):
+    """One block of the kernel of products.
 
-        return step + steps
+    What is made of a tile, half the size of its sums, stays in registers and is stored under
+    the next tile's first products, for which it would have to wait otherwise.
+    """
 
-    def before_tile(self, start, column) -> None:
-        """What a warpgroup does before it multiplies: here, nothing."""
+    def begin(self):
+        none = _Part(*[jnp.int32(0)] * 4)
+        return jnp.int32(0), self.part(0), none, self.nothing()
 
-    def store(self, total, start, count, column) -> None:
-        """Writes the first `count` of a warpgroup's rows, the first of them at `start`."""
-        plan, number = self.plan, 0
-        for r, c, width in chunks(plan.tiles.half, plan.width, LINE):
-            rows = slice(r, r + CHUNK_ROWS)
-            products = [
-                total[rows, first + c : first + c + width]
-                for first in range(0, plan.tiles.columns, plan.width)
-            ]
-            made = [product.astype(plan.dtype) for product in products] * plan.products
-            if plan.scaled:
-                # What is kept is what it is made of, here and when it is made again.
-                of = [chunk.astype(jnp.float32) for chunk in made] or products
-                h = _swiglu(*of, self.scales[0], start + r)
-                made.append(h.astype(plan.dtype))
-            for chunk, y in zip(made, self.ys, strict=True):
-                tiled, flat = self.out[width]
-                slot = to_leave(chunk, tiled, number)
-                number += 1
-                copy_rows(
-                    flat.at[slot],
-                    y.at[:, pl.ds(column + c, width)],
-                    start + r,
-                    jnp.clip(count - r, 0, CHUNK_ROWS),
-                )
-                plgpu.commit_smem_to_gmem_group()
+    def nothing(self) -> Array:
+        """What is made of no products."""
+        zeros = jnp.zeros((self.plan.tiles.half, self.plan.made), self.plan.dtype)
+        return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
+
+    def multiply_tile(self, wave, state):
+        """Makes a tile of what is copied in. Under its first products, stores the one
+        before and finds out where the next one lies.
+        """
+        step, part, *before = state
+        meanwhile = [*self.stores(*before), lambda: self.part(wave + 1)]
+
+        def products():
+            total, (*_, following) = self.ring.sum_up(
+                *(self.multiply, part.steps, step),
+                shape=(self.plan.tiles.half, self.plan.tiles.columns),
+                meanwhile=meanwhile,
+                least=self.plan.steps * self.plan.lhs,
+            )
+            return following, self.made(total, part.start)
+
+        def zeros():
+            *_, following = [work() for work in meanwhile]
+            self.ring.skip(part.steps, step)
+            return following, self.nothing()
+
+        busy = (part.count > 0) & (part.steps > 0)
+        following, made = lax.cond(busy, products, zeros)
+        return step + part.steps, following, part, made
+
+    def end(self, state) -> None:
+        _, _, *last = state
+        for store in self.stores(*last):
+            store()
+
+    def made(self, total, start) -> Array:
+        """Of a warpgroup's sums: products, rounded, or SwiGLU of what is not."""
+        if self.plan.products:
+            return total.astype(self.plan.dtype)
+        width = self.plan.width
+        h = _swiglu(total[:, :width], total[:, width:], self.scales[0], start)
+        return h.astype(self.plan.dtype)
+
+    def stores(self, part: _Part, made: Array) -> list[Callable]:
+        """What to do to store a part of a tile, a few columns of all outputs at a time."""
+        plan = self.plan
+        # SwiGLU takes registers, beside those of two tiles.
+        width = LINE // 2 if plan.scaled and plan.products else LINE
+        places = chunks(plan.tiles.half, plan.width, width)
+        store = functools.partial(self.store, part, made)
+        return [
+            functools.partial(store, number * plan.outputs, *place)
+            for number, place in enumerate(places)
+        ]
+
+    def store(self, part: _Part, made: Array, number: int, r, c, width) -> None:
+        """Writes a chunk of every output, the first of which is a tile's `number`th."""
+        plan, rows = self.plan, slice(r, r + CHUNK_ROWS)
+        made = [
+            made[rows, first + c : first + c + width]
+            for first in range(0, plan.made, plan.width)
+        ]
+        if plan.scaled and plan.products:
+            # What is kept is what it is made of, here and when it is made again.
+            of = [chunk.astype(jnp.float32) for chunk in made]
+            h = _swiglu(*of, self.scales[0], part.start + r)
+            made.append(h.astype(plan.dtype))
+        for chunk, y in zip(made, self.ys, strict=True):
+            tiled, flat = self.out[width]
+            slot = to_leave(chunk, tiled, number)
+            number += 1
+            copy_rows(
+                flat.at[slot],
+                y.at[:, pl.ds(part.column + c, width)],
+                part.start + r,
+                jnp.clip(part.count - r, 0, CHUNK_ROWS),
+            )
+            plgpu.commit_smem_to_gmem_group()
 
 
 def _swiglu(gated, lifted, scales, start):

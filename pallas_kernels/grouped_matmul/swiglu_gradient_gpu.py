@@ -107,6 +107,25 @@ class _SwigluGradient(_Rows):
         self.sums, self.here = sums, here
         self.places = chunks(plan.tiles.half, plan.width, WIDTH)
 
+    def multiply_tile(self, wave, step):
+        """Makes a tile of what is copied in, and stores it: sums are float32, and two
+        tiles' are too many for the registers.
+        """
+        start, count, column, steps = self.part(wave)
+
+        @pl.when(count > 0)
+        def _():
+            self.before_tile(start, column)
+            shape = self.plan.tiles.half, self.plan.tiles.columns
+            total, _ = self.ring.sum_up(self.multiply, steps, step, shape)
+            self.store(total, start, count, column)
+
+        @pl.when(count == 0)
+        def _():
+            self.ring.skip(steps, step)
+
+        return step + steps
+
     def before_tile(self, start, column) -> None:
         """Copies in the first chunks of both products, which arrive while a tile is
         multiplied.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
+    Block,
     Ring,
     back_and_forth,
     call,
@@ -78,7 +79,7 @@ def weight_gradients(
     return [dw_GOI[:, : wanted[0], : wanted[1]] for dw_GOI in made]
 
 
-class _Weights:
+class _Weights(Block):
     """One block of the kernel of weights: rows of its tiles are columns of dy, and what
     is summed over are rows of dy and x, LINE at a time, from the last before the group
     that a swizzled tile can start at.
@@ -102,8 +103,9 @@ class _Weights:
         self.tiles_each = self.down * self.across
         self.order = back_and_forth(groups * self.tiles_each, tiles.blocks)
 
-    def place(self, index):
+    def place(self, wave):
         """Rank of the group, tile in its matrix, first row of the first step, and steps."""
+        index = self.order.number(wave)
         rank = lax.div(index, self.tiles_each)
         down, across = walk(
             index - rank * self.tiles_each, self.down, self.across, self.tiles.band
@@ -124,9 +126,9 @@ class _Weights:
         for number, ref in enumerate(refs):
             pl.when(lax.axis_index("pair") == number)(functools.partial(act, ref))
 
-    def copy_tile(self, index, step):
+    def copy_tile(self, wave, step):
         """Copies in what a tile needs; returns the step after."""
-        _, o, i, start, steps = self.place(index)
+        _, o, i, start, steps = self.place(wave)
 
         def load(number, step):
             slot = self.ring.to_fill(step)
@@ -145,9 +147,9 @@ class _Weights:
 
         return lax.fori_loop(0, steps, load, step)
 
-    def multiply_tile(self, index, step):
+    def multiply_tile(self, wave, step):
         """Makes a tile of what is copied in; returns the step after."""
-        rank, o, i, start, steps = self.place(index)
+        rank, o, i, start, steps = self.place(wave)
         tiles, warpgroup = self.tiles, lax.axis_index("warpgroup")
         begin, end = self.groups.begin[rank], self.groups.end[rank]
         all_rows = self.groups.ends[self.last]
@@ -172,7 +174,7 @@ class _Weights:
             plgpu.wgmma(acc, dy.T, self.x_in.at[slot])
 
         shape = tiles.half, tiles.columns
-        total = self.ring.sum_up(multiply, steps, step, shape)
+        total, _ = self.ring.sum_up(multiply, steps, step, shape)
         self.store(total, self.groups.group[rank], o + warpgroup * tiles.half, i)
         return step + steps
 
