@@ -64,7 +64,7 @@ def moe_mla_2b() -> Experiment:
 
 
 def moe_mla_2b_bf16() -> Experiment:
-    """The same with weights, gradients and moments in bfloat16.
+    """The same with weights, gradients and moments in bfloat16, logits in float16.
 
     Command: python -m benchmarks.train_speed experiments.speed.moe_mla_2b_bf16
     Hardware: one H200. Cost: a minute. Expect: see benchmarks/train_speed.md.
@@ -73,5 +73,7 @@ def moe_mla_2b_bf16() -> Experiment:
         moe_mla_2b(),
         name="moe_mla_2b_bf16",
         optimizer=AdamW(moments=jnp.bfloat16),
-        precision=Precision(params=jnp.bfloat16, gradients=jnp.bfloat16),
+        precision=Precision(
+            params=jnp.bfloat16, gradients=jnp.bfloat16, logits=jnp.float16
+        ),
     )

@@ -18,6 +18,7 @@ Losses are in nats.
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +44,18 @@ def cross_entropy(
     *,
     chunk: int | None = None,
     statistics: DTypeLike = jnp.float32,
+    logits: DTypeLike = jnp.float32,
 ) -> Float[Array, ""]:
     """The sum over all positions of -log p(target), each times its weight.
 
     `hidden` has its norm behind it; products are in its dtype. `head` is the weight as
-    it rests on the mesh, in any dtype and layout; its vocabulary may be cut. Logits and
-    what is made of them are `statistics`. `chunk` bounds the tokens whose logits exist
+    it rests on the mesh, in any dtype and layout; its vocabulary may be cut. What is made
+    of `logits` is `statistics`: see `Precision`. `chunk` bounds the tokens whose logits exist
     at once on a device, others' among them. Targets and weights have no gradient.
     """
     chunk = chunk or max(CHUNK, LOGITS // head_VD.shape[0])
-    return _cross_entropy(
-        hidden_BTD, head_VD, targets_BT, weights_BT, chunk, jnp.dtype(statistics)
-    )
+    dtypes = _Dtypes(jnp.dtype(statistics), jnp.dtype(logits))
+    return _cross_entropy(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtypes)
 
 
 def mtp_targets(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B T"]:
@@ -67,10 +68,24 @@ def mtp_targets(tokens_BS: Int[Array, "B S"]) -> Int[Array, "B T"]:
     return jnp.pad(tokens_BS[:, 2:], ((0, 0), (0, 1)))
 
 
+class _Dtypes(NamedTuple):
+    """Those of `Precision`."""
+
+    statistics: DTypeLike
+    logits: DTypeLike
+
+    def multiply(self, hidden_BCD: Array, head_VD: Array) -> Float[Array, "B C V"]:
+        """A chunk's logits."""
+        of = (hidden_BCD, head_VD)
+        if jnp.finfo(self.logits).bits == 16:  # matrix units have one dtype of 16 bits
+            of = [x.astype(self.logits) for x in of]
+        return jnp.einsum("BCD,VD->BCV", *of, preferred_element_type=self.logits)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtype):
+def _cross_entropy(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtypes):
     cut = _Cut.of(hidden_BTD, head_VD)
-    local = functools.partial(_chunks, cut=cut, chunk=chunk, dtype=dtype)
+    local = functools.partial(_chunks, cut=cut, chunk=chunk, dtypes=dtypes)
     return jax.shard_map(
         lambda *arrays: local(*arrays, gradients=False)[0],
         in_specs=(cut.hidden, cut.head, cut.rows, cut.rows),
@@ -79,9 +94,9 @@ def _cross_entropy(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtype):
     )(hidden_BTD, head_VD, targets_BT, weights_BT)
 
 
-def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtype):
+def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtypes):
     cut = _Cut.of(hidden_BTD, head_VD)
-    local = functools.partial(_chunks, cut=cut, chunk=chunk, dtype=dtype)
+    local = functools.partial(_chunks, cut=cut, chunk=chunk, dtypes=dtypes)
     loss, of_hidden_BTD, of_head_VD = jax.shard_map(
         lambda *arrays: local(*arrays, gradients=True),
         in_specs=(cut.hidden, cut.head, cut.rows, cut.rows),
@@ -91,7 +106,7 @@ def _forward(hidden_BTD, head_VD, targets_BT, weights_BT, chunk, dtype):
     return loss, (of_hidden_BTD, of_head_VD.astype(head_VD.dtype))
 
 
-def _backward(chunk, dtype, saved, gradient):
+def _backward(chunk, dtypes, saved, gradient):
     scaled = [(gradient * array).astype(array.dtype) for array in saved]
     return *scaled, None, None
 
@@ -175,7 +190,7 @@ def _chunks(
     *,
     cut: _Cut,
     chunk: int,
-    dtype: DTypeLike,
+    dtypes: _Dtypes,
     gradients: bool,
 ) -> tuple[Array, Array | None, Array | None]:
     """On one device: the loss of the whole batch and, if asked, its gradients with
@@ -190,14 +205,15 @@ def _chunks(
     def body(sums, part):
         loss, of_head_VD = sums
         hidden_BCD, targets_BC, weights_BC = map(cut.gather_rows, part)
-        logits_BCV = jnp.einsum(
-            "BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=dtype
-        )
+        logits_BCV = dtypes.multiply(hidden_BCD, head_VD)
         if gradients and whole:
             losses_BC, of_logits_BCV = _fused(
-                logits_BCV, targets_BC, weights_BC, dtype=hidden_BTD.dtype
+                *(logits_BCV, targets_BC, weights_BC),
+                statistics=dtypes.statistics,
+                dtype=hidden_BTD.dtype,
             )
         else:
+            logits_BCV = logits_BCV.astype(dtypes.statistics)
             losses_BC, of_logits_BCV = _by_parts(logits_BCV, targets_BC, cut)
             of_logits_BCV *= weights_BC[..., None]
             of_logits_BCV = of_logits_BCV.astype(hidden_BTD.dtype)
@@ -205,13 +221,13 @@ def _chunks(
         if not gradients:
             return (loss, None), None
         of_hidden_BCD = jnp.einsum(
-            "BCV,VD->BCD", of_logits_BCV, head_VD, preferred_element_type=jnp.float32
+            *("BCV,VD->BCD", of_logits_BCV, head_VD),
+            preferred_element_type=hidden_BTD.dtype,
         )
         of_head_VD += jnp.einsum(
             "BCV,BCD->VD", of_logits_BCV, hidden_BCD, preferred_element_type=jnp.float32
         )
-        of_hidden_BCD = cut.scatter_rows(of_hidden_BCD.astype(hidden_BTD.dtype))
-        return (loss, of_head_VD), of_hidden_BCD
+        return (loss, of_head_VD), cut.scatter_rows(of_hidden_BCD)
 
     zeros = jnp.zeros(head_VD.shape, jnp.float32) if gradients else None
     parts = (_split(x, count) for x in (hidden_BTD, targets_BT, weights_BT))
@@ -225,11 +241,17 @@ def _chunks(
 
 
 def _fused(
-    logits_BCV: Array, targets_BC: Array, weights_BC: Array, *, dtype: DTypeLike
+    logits_BCV: Array,
+    targets_BC: Array,
+    weights_BC: Array,
+    *,
+    statistics: DTypeLike,
+    dtype: DTypeLike,
 ) -> tuple[Float[Array, "B C"], Float[Array, "B C V"]]:
     """The losses of a chunk, and their weighted gradient, of a whole vocabulary."""
     rows = (logits_BCV.reshape(-1, logits_BCV.shape[-1]), targets_BC.reshape(-1))
-    losses, gradient = cross_entropy_rows(*rows, weights_BC.reshape(-1), dtype=dtype)
+    options = {"statistics": statistics, "dtype": dtype}
+    losses, gradient = cross_entropy_rows(*rows, weights_BC.reshape(-1), **options)
     return losses.reshape(targets_BC.shape), gradient.reshape(logits_BCV.shape)
 
 

@@ -216,8 +216,10 @@ def head_loss(
     """
     tied = model.config.tied_embeddings
     head = model.embedding_VD if tied else model.head_VD
-    options = {"chunk": chunk, "statistics": model.precision.statistics}
-    return loss.cross_entropy(normed_BTD, head[...], targets_BT, weights_BT, **options)
+    precision = model.precision
+    options = {"statistics": precision.statistics, "logits": precision.logits}
+    arrays = normed_BTD, head[...], targets_BT, weights_BT
+    return loss.cross_entropy(*arrays, chunk=chunk, **options)
 
 
 def _balance(objective: Objective, moe: Moe, routing: Routing) -> Float[Array, ""]:

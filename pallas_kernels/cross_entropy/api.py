@@ -22,15 +22,17 @@ def cross_entropy(
     weights_R: Float[Array, " R"],
     *,
     dtype: DTypeLike,
+    statistics: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> tuple[Float[Array, " R"], Float[Array, "R V"]]:
     """-log softmax(logits)[target] of each row, and the gradient of each row's with
     respect to its logits, times its weight, in `dtype`. Targets are from 0 to V - 1.
 
     Both at once, for a caller that differentiates by hand: of large logits, the gradient
-    is made where they are at hand. Arithmetic is in the dtype of the logits.
+    is made where they are at hand. Arithmetic and losses are `statistics`, whatever the
+    dtype of the logits.
 
-    `implementation`: "hopper" is a kernel for NVIDIA's H100 and H200, float32 logits, V
+    `implementation`: "hopper" is a kernel for NVIDIA's H100 and H200, float32 arithmetic, V
     that 256 divides; it reads the logits from memory once, if the rows at work fit its L2
     cache (V up to about 90,000). "reference" is plain JAX. None takes the best of the
     platform that is compiled for, and logs its choice in one line.
@@ -49,9 +51,11 @@ def cross_entropy(
     if not jnp.issubdtype(targets_R.dtype, jnp.integer):
         raise ValueError(f"{targets_R.dtype=} is no integer type")
     operands, dtype = (logits_RV, targets_R, weights_R), jnp.dtype(dtype)
-    plain = functools.partial(reference.cross_entropy, dtype=dtype)
+    statistics = jnp.dtype(statistics)
+    options = {"dtype": dtype, "statistics": statistics}
+    plain = functools.partial(reference.cross_entropy, **options)
     kernel = functools.partial(pallas_gpu.cross_entropy, dtype=dtype)
-    lacking = pallas_gpu.lacks(logits_RV.shape, logits_RV.dtype, dtype)
+    lacking = pallas_gpu.lacks(logits_RV.shape, logits_RV.dtype, **options)
     match implementation := named(implementation):
         case None:
             note_choice("cross_entropy", {"cuda": "Mosaic GPU"}, {"cuda": lacking})
@@ -62,7 +66,8 @@ def cross_entropy(
         case "hopper":
             if lacking:
                 raise NotImplementedError(
-                    f"the Hopper kernel {lacking}: {logits_RV.shape=}, {dtype=}"
+                    f"the Hopper kernel {lacking}: {logits_RV.shape=}, {dtype=}, "
+                    f"{statistics=}"
                 )
             return kernel(*operands)
     raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")

@@ -27,14 +27,22 @@ LINE = 256  # elements
 MOST = 25  # lines of a chunk: 50 elements of a thread
 
 
-def lacks(shape: tuple[int, ...], dtype: DTypeLike, gradient: DTypeLike) -> str:
+def lacks(
+    shape: tuple[int, ...],
+    logits: DTypeLike,
+    *,
+    dtype: DTypeLike,
+    statistics: DTypeLike,
+) -> str:
     """Why the kernel does not take this; nothing where it does."""
     if 0 in shape:
         return f"takes no empty logits ({shape})"
-    if dtype != jnp.float32:
-        return f"takes float32 logits ({dtype})"
-    if gradient not in (jnp.bfloat16, jnp.float32):
-        return f"makes gradients in bfloat16 or float32 ({gradient})"
+    if logits not in (jnp.float32, jnp.float16, jnp.bfloat16):
+        return f"takes logits of float32 or of 16 bits ({logits})"
+    if statistics != jnp.float32:
+        return f"adds up in float32 ({statistics})"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"makes gradients in bfloat16 or float32 ({dtype})"
     if shape[1] % LINE:
         return f"takes a vocabulary that {LINE} divides ({shape})"
     return "" if is_hopper() else "needs a GPU of Hopper's generation"
@@ -50,7 +58,7 @@ def cross_entropy(
     """-log softmax(logits)[target], and weight * (softmax - one-hot)."""
     rows, lines = len(logits_RV), logits_RV.shape[1] // LINE
     tall = next(n for n in range(MOST, 0, -1) if lines % n == 0)  # of a chunk
-    slots = min(SMEM // (tall * LINE * 4), 8)
+    slots = min(SMEM // (tall * LINE * logits_RV.dtype.itemsize), 8)
 
     def kernel(*refs):
         _Block(rows, lines // tall, lax.axis_index("block"), *refs).run()
@@ -64,7 +72,7 @@ def cross_entropy(
         grid=(BLOCKS,),
         grid_names=("block",),
         scratch_types=[
-            plgpu.SMEM((slots, tall, LINE), jnp.float32),
+            plgpu.SMEM((slots, tall, LINE), logits_RV.dtype),
             plgpu.Barrier(num_barriers=slots),
         ],
         compiler_params=plgpu.CompilerParams(
@@ -133,7 +141,7 @@ class _Block:
         slot = lax.rem(step, self.slots)
         plgpu.barrier_wait(self.full.at[slot])
         layout = plgpu.Layout.WG_STRIDED((self.tall, LINE), vec_size=2)
-        return load(self.buffer.at[slot], layout=layout)
+        return load(self.buffer.at[slot], layout=layout).astype(jnp.float32)
 
     def done(self, step, steps) -> None:
         """The next chunk may take the place of a step's: all threads have read it."""
@@ -147,7 +155,7 @@ class _Block:
         share = weight / total
         self.write(first + self.chunks, steps, row, largest, share)
         where = row, lax.div(target, LINE), lax.rem(target, LINE)
-        shifted = self.logits[where] - largest
+        shifted = self.logits[where].astype(jnp.float32) - largest
         self.losses[row] = jnp.log(total) - shifted
         gradient = jnp.exp(shifted) * share - weight
         self.gradient[where] = gradient.astype(self.gradient.dtype)

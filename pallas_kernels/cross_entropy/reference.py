@@ -14,8 +14,10 @@ def cross_entropy(
     weights_R: Float[Array, " R"],
     *,
     dtype: DTypeLike,
+    statistics: DTypeLike = jnp.float32,
 ) -> tuple[Float[Array, " R"], Float[Array, "R V"]]:
     """-log softmax(logits)[target], and weight * (softmax - one-hot)."""
+    logits_RV = logits_RV.astype(statistics)
     is_target_RV = targets_R[:, None] == jnp.arange(logits_RV.shape[1])
     shifted_RV = logits_RV - logits_RV.max(axis=1, keepdims=True)
     target_R = jnp.sum(jnp.where(is_target_RV, shifted_RV, 0), axis=1)

@@ -16,7 +16,7 @@ from tests.pallas_kernels.h200 import compile_for_h200
 SHAPES = [(1000, 32000), (300, 129280), (3, 256), (700, 1024)]  # rows, vocabulary
 
 
-def operands(R, V):
+def operands(R, V, dtype=jnp.float32):
     """Logits of a standard deviation of 3, the first row's far from 0; a weight of 0."""
     rng = np.random.default_rng(V)
     logits = 3 * rng.standard_normal((R, V)).astype(np.float32)
@@ -24,7 +24,7 @@ def operands(R, V):
     targets = rng.integers(0, V, R).astype(np.int32)
     weights = rng.uniform(0.5, 1.5, R).astype(np.float32)
     weights[1] = 0
-    return tuple(map(jnp.asarray, (logits, targets, weights)))
+    return jnp.asarray(logits, dtype), jnp.asarray(targets), jnp.asarray(weights)
 
 
 def by_hand(logits, targets, weights):
@@ -54,9 +54,10 @@ def check(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("logits", [jnp.float32, jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("implementation", ["reference", None])
-def test_equals_numpy(implementation, dtype):
-    given = operands(20, 300)
+def test_equals_numpy(implementation, logits, dtype):
+    given = operands(20, 300, logits)
     found = cross_entropy(*given, dtype=dtype, implementation=implementation)
     assert (found[0].dtype, found[1].dtype) == (jnp.float32, dtype)
     check(found, by_hand(*given), 4e-3 if dtype == jnp.bfloat16 else 1e-5)
@@ -79,7 +80,7 @@ from pallas_kernels.cross_entropy import cross_entropy
 
 R, V = {sizes}
 operands = (
-    shape(R, V, dtype=jnp.float32),
+    shape(R, V, dtype=jnp.{logits}),
     shape(R, dtype=jnp.int32),
     shape(R, dtype=jnp.float32),
 )
@@ -94,16 +95,26 @@ print("kernels:", compiled.as_text().count('custom_call_target="mosaic_gpu'))
     [SHAPES[0], *(pytest.param(s, marks=pytest.mark.aot) for s in SHAPES[1:])],
     ids=str,
 )
-def test_compiles_for_an_h200_without_spills(sizes):
-    printed = compile_for_h200(COMPILE.format(sizes=sizes)).printed
+@pytest.mark.parametrize(
+    "logits", ["float16", pytest.param("float32", marks=pytest.mark.aot)]
+)
+def test_compiles_for_an_h200_without_spills(sizes, logits):
+    printed = compile_for_h200(COMPILE.format(sizes=sizes, logits=logits)).printed
     assert "kernels: 1" in printed
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("logits", "dtype"),
+    [
+        (jnp.float32, jnp.float32),
+        (jnp.float32, jnp.bfloat16),
+        (jnp.float16, jnp.bfloat16),
+    ],
+)
 @pytest.mark.parametrize(("R", "V"), SHAPES, ids=str)
-def test_equals_numpy_on_the_gpu(R, V, dtype):
-    given = operands(R, V)
+def test_equals_numpy_on_the_gpu(R, V, logits, dtype):
+    given = operands(R, V, logits)
     run = functools.partial(cross_entropy, dtype=dtype, implementation="hopper")
     expected = by_hand(*given)
     for _ in range(2):
@@ -124,16 +135,16 @@ def test_bad_operands_are_named():
 
 
 @pytest.mark.parametrize(
-    ("V", "dtype", "gradient", "message"),
+    ("V", "logits", "dtype", "statistics", "message"),
     [
-        (300, jnp.float32, jnp.float32, r"256 divides \(\(4, 300\)\)"),
-        (256, jnp.bfloat16, jnp.bfloat16, "float32 logits"),
-        (256, jnp.float32, jnp.float16, "bfloat16 or float32"),
+        (300, "float32", "float32", "float32", r"256 divides \(\(4, 300\)\)"),
+        (256, "float8_e4m3fn", "bfloat16", "float32", "or of 16 bits"),
+        (256, "float32", "float16", "float32", "bfloat16 or float32"),
+        (256, "float32", "float32", "bfloat16", "adds up in float32"),
     ],
 )
-def test_what_the_kernel_does_not_take_is_named(V, dtype, gradient, message):
-    logits, targets, weights = operands(4, V)
-    logits = logits.astype(dtype)
-    options = {"dtype": gradient, "implementation": "hopper"}
+def test_what_the_kernel_does_not_take_is_named(V, logits, dtype, statistics, message):
+    logits, targets, weights = operands(4, V, logits)
+    options = {"dtype": dtype, "statistics": statistics, "implementation": "hopper"}
     with pytest.raises(NotImplementedError, match=message):
         cross_entropy(logits, targets, weights, **options)

@@ -34,12 +34,13 @@ def example(rows=B):
     return hidden, head, targets, weights.astype(np.float32)
 
 
-def plain(hidden, head, targets, weights):
-    """The same in float64 NumPy, position by position: loss, and both gradients."""
+def plain(hidden, head, targets, weights, logits=np.float64):
+    """The same in float64 NumPy, position by position: loss, and both gradients. Logits
+    are rounded to a dtype."""
     hidden, head = np.float64(hidden), np.float64(head)
     total, of_hidden, of_head = 0.0, np.zeros_like(hidden), np.zeros_like(head)
     for at in np.ndindex(targets.shape):
-        probability = np.exp(head @ hidden[at])
+        probability = np.exp(np.float64((head @ hidden[at]).astype(logits)))
         probability /= probability.sum()
         total -= weights[at] * np.log(probability[targets[at]])
         probability[targets[at]] -= 1
@@ -109,6 +110,26 @@ def test_bfloat16_products_float32_statistics(mesh):
     # the logits' gradient is rounded once, by 1/256 of each of its 67 parts
     np.testing.assert_allclose(gradients[1], 3 * of_head, atol=0.06)
     assert np.abs(np.float32(jnp.bfloat16(gradients[1])) - gradients[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("mesh", ["one", "all"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_logits_of_16_bits(mesh, dtype):
+    """Gradients are those of rounded logits; what is made of these is float32."""
+    hidden, head, targets, weights = example()
+    arrays = (*(np.asarray(jnp.asarray(x, dtype), np.float32) for x in (hidden, head)),)
+    total, *expected = plain(*arrays, targets, weights, logits=dtype)
+    _, *exact = plain(*arrays, targets, weights)
+    mesh = make_mesh(**MESHES[mesh])
+    given = *arrays, targets, weights
+    loss, gradients = values(mesh, given, chunk=30, logits=dtype)
+    np.testing.assert_allclose(loss, 3 * total, rtol=1e-5)
+    # A sum that lies between two numbers may go to the other one.
+    tolerance = jnp.finfo(dtype).eps / 16
+    for gradient, wanted, unrounded in zip(gradients, expected, exact):
+        size = np.linalg.norm(wanted)
+        assert np.linalg.norm(gradient / 3 - wanted) < tolerance * size
+        assert np.linalg.norm(unrounded - wanted) > 2 * tolerance * size
 
 
 def sizes(jaxpr):
