@@ -36,9 +36,9 @@ class Precision:
 
     `compute`: activations and matrix products. `params`: the weights at rest. `router`:
     affinities and the choice of experts. `softmax`: attention weights. `statistics`:
-    norms' variances, logits' log-sum-exp, losses. `logits`: of training, summed in
-    float32; if of 16 bits, what they are products of is rounded to the same, too.
-    float16 is three bits finer than bfloat16, and ends at 65504. `gradients`: their sum
+    norms' variances, logits' log-sum-exp, losses. `logits`: what losses are made of,
+    products summed in float32; if of 16 bits, their factors are of the same. float16
+    is three bits finer than bfloat16, and ends at 65504. `gradients`: their sum
     over microbatches. Defaults are those of the papers.
     """
 

@@ -18,6 +18,7 @@ from dsjax.nn.router import Router
 from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import RouterBias, flat, use
 from dsjax.sharding import Sharding
+from dsjax.train.objective import head_loss
 
 BF16 = Precision()  # the papers': bfloat16 compute, the rest float32
 CONFIG = models.shrink(models.v3(), vocab_size=128, width=16)
@@ -63,6 +64,21 @@ def test_norm_statistics(mesh, rng):
 
     assert error(BF16) < 1e-6
     assert error(replace(BF16, statistics=jnp.bfloat16)) > 5e-4
+
+
+def test_logits_of_losses(mesh, rng):
+    """Losses of 40 positions, each rounding its own way; log-sum-exps stay float32."""
+    normed = jnp.asarray(20 * rng.standard_normal((1, 40, 64)), jnp.float32)
+    targets, weights = jnp.full((1, 40), 3), jnp.asarray(rng.random((1, 40)))
+
+    def loss(**options):
+        precision = replace(FLOAT32, **options)
+        model = Transformer.create(CONFIG, precision=precision)
+        return head_loss(model, normed, targets, weights)
+
+    exact = loss()
+    assert 1e-7 < abs(loss(logits=jnp.float16) / exact - 1) < 1e-3
+    assert 1e-5 < abs(loss(logits=jnp.bfloat16) / exact - 1) < 1e-2
 
 
 def test_weights_rest_in_params_and_router_bias_in_float32():
