@@ -38,8 +38,8 @@ class Precision:
     affinities and the choice of experts. `softmax`: attention weights. `statistics`:
     norms' variances, logits' log-sum-exp, losses. `logits`: what losses are made of,
     products summed in float32; if of 16 bits, their factors are of the same. float16
-    is three bits finer than bfloat16, ends at 65504, and is for GPUs: TPUs have none. `gradients`: their sum
-    over microbatches. Defaults are those of the papers.
+    is three bits finer than bfloat16, ends at 65504, and is for GPUs: TPUs have none.
+    `gradients`: their sum over microbatches. Defaults are those of the papers.
     """
 
     compute: DTypeLike = jnp.bfloat16
