@@ -335,8 +335,8 @@ class _Rows(Block):
 class _Products(_Rows):
     """One block of the kernel of products.
 
-    What is made of a tile, half the size of its sums, stays in registers and is stored under
-    the next tile's first products, for which it would have to wait otherwise.
+    What is made of a tile, half the size of its sums, stays in registers and is stored
+    under the next tile's first products, which would have to wait for it otherwise.
     """
 
     def begin(self):
