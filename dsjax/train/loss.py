@@ -50,8 +50,8 @@ def cross_entropy(
 
     `hidden` has its norm behind it; products are in its dtype. `head` is the weight as
     it rests on the mesh, in any dtype and layout; its vocabulary may be cut. What is made
-    of `logits` is `statistics`: see `Precision`. `chunk` bounds the tokens whose logits exist
-    at once on a device, others' among them. Targets and weights have no gradient.
+    of `logits` is `statistics`: see `Precision`. `chunk` bounds the tokens whose logits
+    exist at once on a device, others' among them. Targets and weights have no gradient.
     """
     chunk = chunk or max(CHUNK, LOGITS // head_VD.shape[0])
     dtypes = _Dtypes(jnp.dtype(statistics), jnp.dtype(logits))
