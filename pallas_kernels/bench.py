@@ -2,11 +2,12 @@
 
     python -m pallas_kernels.bench                     # all, a table in Markdown
     python -m pallas_kernels.bench mla_decode --json   # one operation, for machines
-    python -m pallas_kernels.bench mla_decode --case "2 tokens"
+    python -m pallas_kernels.bench mla_decode --case "2 tokens" --clocks rested
 
 Needs a Hopper GPU. One run draws fresh operands, poisons the memory that outputs may come
 to lie in, compares each contestant with float32, and times kernels alone, without the
-host. Shares are of the ceilings that the same run measures.
+host: after a tenth of a second of the same, as in a long computation, or in bursts after
+a rest (--clocks rested). Shares are of the ceilings that the same run measures.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from pallas_kernels.measure import (
     ROUNDS,
     Case,
+    Clocks,
     device_ms,
     poison,
     relative_error,
@@ -64,7 +66,7 @@ class Row(NamedTuple):
     note: str = ""
 
 
-def measure_ceilings() -> Ceilings:
+def measure_ceilings(clocks: Clocks) -> Ceilings:
     """A product of 8192 x 8192 x 8192 in both dtypes; the sum of 4 GiB."""
     size, keys = 8192, jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
@@ -76,10 +78,10 @@ def measure_ceilings() -> Ceilings:
                 "mk,nk->mn", x, y, preferred_element_type=jnp.bfloat16
             )
         )
-        return 2 * size**3 / (device_ms(multiply, x, y) / 1e3)
+        return 2 * size**3 / (device_ms(multiply, x, y, clocks=clocks) / 1e3)
 
     large = jax.random.normal(keys[0], (2**31,), jnp.bfloat16)
-    read = large.nbytes / (device_ms(jax.jit(jnp.max), large) / 1e3)
+    read = large.nbytes / (device_ms(jax.jit(jnp.max), large, clocks=clocks) / 1e3)
     return Ceilings(product(jnp.bfloat16), product(jnp.float8_e4m3fn), read)
 
 
@@ -116,14 +118,21 @@ class Contestant(NamedTuple):
     ms: Callable[[], float]
 
 
-def run_case(prepared: Prepared, ceilings: Ceilings, key: jax.Array) -> Iterator[Row]:
+def run_case(
+    prepared: Prepared,
+    ceilings: Ceilings,
+    key: jax.Array,
+    clocks: Clocks = Clocks.SETTLED,
+) -> Iterator[Row]:
     """A row for each contestant, ours first. They take turns, another one first each
     time, since clocks follow the GPU's power and temperature: a ratio is the median of
     those of single turns.
     """
     case = prepared.case
     operands = prepared.inputs(key)
-    contestants = _of_jax(prepared, operands) | _of_torch(case, operands)
+    contestants = _of_jax(prepared, operands, clocks) | _of_torch(
+        case, operands, clocks
+    )
     errors, times, failed = _take_turns(contestants, prepared.exact(*operands))
     peak = ceilings.float8 if "fp8" in case.operation else ceilings.bfloat16
     floor_s = max(case.flops / peak, case.bytes / ceilings.read)
@@ -167,13 +176,15 @@ def _take_turns(
     return errors, times, failed
 
 
-def _of_jax(prepared: Prepared, operands) -> dict[str, Contestant | str]:
+def _of_jax(
+    prepared: Prepared, operands, clocks: Clocks
+) -> dict[str, Contestant | str]:
     def contestant(who: str, run: Callable) -> Contestant:
         def result() -> jax.Array:
             poison(prepared.outputs[who])
             return jax.tree.leaves(run(*operands))[0]
 
-        return Contestant(result, lambda: device_ms(run, *operands))
+        return Contestant(result, lambda: device_ms(run, *operands, clocks=clocks))
 
     return {
         who: run if isinstance(run, str) else contestant(who, run)
@@ -186,7 +197,7 @@ def _line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first[:80]}"
 
 
-def _of_torch(case: Case, operands) -> dict[str, Contestant | str]:
+def _of_torch(case: Case, operands, clocks: Clocks) -> dict[str, Contestant | str]:
     if case.torch is None:
         return {}
     try:
@@ -203,7 +214,7 @@ def _of_torch(case: Case, operands) -> dict[str, Contestant | str]:
         def result() -> jax.Array:
             return jnp.from_dlpack(function(*tensors).contiguous())
 
-        return Contestant(result, lambda: torch_ms(function, *tensors))
+        return Contestant(result, lambda: torch_ms(function, *tensors, clocks=clocks))
 
     return {who: contestant(function) for who, function in functions.items()}
 
@@ -265,6 +276,13 @@ def main(arguments: list[str] | None = None) -> int:
         default="",
         help="shapes whose names have these words",
     )
+    parser.add_argument(
+        "--clocks",
+        type=Clocks,
+        choices=list(Clocks),
+        default=Clocks.SETTLED,
+        help="settled by the same work (as by default), or rested",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     unknown = [name for name in options.operations if name not in OPERATIONS]
@@ -280,19 +298,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"needs a Hopper GPU, not {device.device_kind}", file=sys.stderr)
         return 2
     ready = [prepare(case) for case in tqdm(cases, desc="compiling", unit="case")]
-    ceilings = measure_ceilings()
+    ceilings = measure_ceilings(options.clocks)
     if not options.json:
-        print(f"{device.device_kind}, jax {jax.__version__}\n\n{heading(ceilings)}")
+        print(f"{device.device_kind}, jax {jax.__version__}, clocks {options.clocks}\n")
+        print(heading(ceilings))
     for number, prepared in enumerate(tqdm(ready, desc="running", unit="case")):
         key = jax.random.fold_in(jax.random.key(options.seed), number)
-        for row in run_case(prepared, ceilings, key):
+        for row in run_case(prepared, ceilings, key, options.clocks):
             # At once: a run that is cut short has what it measured.
             print(json.dumps(row._asdict()) if options.json else line(row), flush=True)
         gc.collect()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
     if options.json:
-        print(json.dumps({"device": device.device_kind} | ceilings._asdict()))
+        about = {"device": device.device_kind, "clocks": options.clocks}
+        print(json.dumps(about | ceilings._asdict()))
     return 0
 
 

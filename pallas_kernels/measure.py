@@ -4,6 +4,7 @@
 computes it, and what it takes at least.
 """
 
+import enum
 import math
 import statistics
 import time
@@ -17,8 +18,19 @@ from jaxtyping import Array
 Operands = tuple[Array, ...]
 REPEATS = 10  # calls in a row
 ROUNDS = 5  # turns of each contestant
-WARM_UP = 0.1  # seconds of its own work before each: clocks follow what ran before
-MOST_CALLS = 300  # of them
+SETTLE = 0.1  # seconds of a contestant's own work before each
+REST = 0.12  # seconds of none
+MOST_CALLS = 300  # until clocks have settled
+
+
+class Clocks(enum.StrEnum):
+    """What the GPU did before its kernels are timed: clocks follow power and temperature,
+    and a product that draws 700 W for a tenth of a second runs a tenth slower than in the
+    first milliseconds.
+    """
+
+    SETTLED = "settled"  # the same, for SETTLE seconds
+    RESTED = "rested"  # nothing, for REST seconds
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,9 @@ class Case:
     target: str = ""
 
 
-def device_ms(run: Callable, *operands: Array, repeats: int = REPEATS) -> float:
+def device_ms(
+    run: Callable, *operands: Array, clocks: Clocks = Clocks.SETTLED
+) -> float:
     """Milliseconds that the kernels of one call take on the GPU: `kernels_ms` of a
     compiled JAX function.
     """
@@ -53,21 +67,26 @@ def device_ms(run: Callable, *operands: Array, repeats: int = REPEATS) -> float:
         nonlocal last
         last = run(*operands)
 
-    return kernels_ms(once, lambda: jax.block_until_ready(last), repeats)
+    return kernels_ms(once, lambda: jax.block_until_ready(last), clocks=clocks)
 
 
-def torch_ms(run: Callable, *operands, repeats: int = REPEATS) -> float:
+def torch_ms(run: Callable, *operands, clocks: Clocks = Clocks.SETTLED) -> float:
     """The same for a function of PyTorch tensors."""
     import torch
 
-    return kernels_ms(lambda: run(*operands), torch.cuda.synchronize, repeats)
+    return kernels_ms(lambda: run(*operands), torch.cuda.synchronize, clocks=clocks)
 
 
-def kernels_ms(once: Callable, wait: Callable, repeats: int = REPEATS) -> float:
+def kernels_ms(
+    once: Callable,
+    wait: Callable,
+    *,
+    repeats: int = REPEATS,
+    clocks: Clocks = Clocks.SETTLED,
+) -> float:
     """Milliseconds that the kernels launched by one call of `once` take, by CUPTI, so
-    without the host's part: the median of `repeats` calls that follow WARM_UP seconds
-    of the same without a pause, for the state that the clocks come to. `wait` returns
-    when all is done.
+    without the host's part: the median of `repeats` calls in a row, after what `clocks`
+    says. `wait` returns when all is done.
     """
     from jax.experimental.mosaic.gpu import profiler
 
@@ -75,8 +94,12 @@ def kernels_ms(once: Callable, wait: Callable, repeats: int = REPEATS) -> float:
         begun = time.perf_counter()
         once()
         wait()
-    before = math.ceil(WARM_UP / (time.perf_counter() - begun))
-    calls = min(before, MOST_CALLS) + repeats
+    calls = repeats
+    if clocks is Clocks.SETTLED:
+        one = time.perf_counter() - begun
+        calls += min(math.ceil(SETTLE / one), MOST_CALLS)
+    else:
+        time.sleep(REST)
     cupti = profiler.mosaic_gpu_lib._mosaic_gpu_ext
     cupti._cupti_init()
     try:

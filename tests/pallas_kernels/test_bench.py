@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import bench
-from pallas_kernels.measure import Case, kernels_ms, relative_error
+from pallas_kernels import bench, measure
+from pallas_kernels.measure import Case, Clocks, kernels_ms, relative_error
 
 CEILINGS = bench.Ceilings(bfloat16=8e14, float8=16e14, read=4e12)
 
@@ -39,7 +39,7 @@ def test_rows_have_errors_rates_and_what_failed(monkeypatch):
     """
     times = iter([3.0, 2.0, 4.0, 6.0, 3.0, 2.0])
     monkeypatch.setattr(bench, "ROUNDS", 3)
-    monkeypatch.setattr(bench, "device_ms", lambda run, *operands: next(times))
+    monkeypatch.setattr(bench, "device_ms", lambda run, *operands, clocks: next(times))
     ours, half, failed = bench.run_case(
         bench.prepare(CASE), CEILINGS, jax.random.key(0)
     )
@@ -87,6 +87,13 @@ def test_a_time_is_that_of_the_last_calls_kernels(cupti):
     assert cupti.calls > 3
 
 
+def test_after_a_rest_there_are_no_other_calls(cupti, monkeypatch):
+    rests = []
+    monkeypatch.setattr(measure.time, "sleep", rests.append)
+    found = kernels_ms(cupti.once, lambda: None, repeats=4, clocks=Clocks.RESTED)
+    assert (found, cupti.calls, rests) == (3.0, 4, [measure.REST])
+
+
 def test_kernels_that_are_not_the_same_each_time_are_an_error(cupti, monkeypatch):
     monkeypatch.setattr(cupti, "_cupti_get_timings", lambda _: [("one", 1.0)])
     with pytest.raises(RuntimeError, match="1 kernels of"):
@@ -111,7 +118,7 @@ def test_a_gpus_table_is_printed_row_by_row(monkeypatch, capsys):
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H")
     monkeypatch.setattr(bench.jax, "devices", lambda: [gpu])
     monkeypatch.setattr(bench, "chosen", lambda *_: [CASE])
-    monkeypatch.setattr(bench, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda _: CEILINGS)
     monkeypatch.setattr(bench, "prepare", lambda case: case)
     rows = [bench.Row("square", "a vector", who, note="none") for who in ("a", "b")]
     printed = []
