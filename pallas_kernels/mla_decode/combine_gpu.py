@@ -43,9 +43,10 @@ def combine(
         return out_BML, lse
     B, M, _ = out_BML.shape
     rows = M // lse.shape[1]
-    # Many rows are cut a few times each, a few may be cut often.
-    turns = 4 if parts < B else 1
-    queries, depth = (2, 4) if B >= 32 else (1, 16)
+    # Many rows are cut a few times each, a few may be cut often. Where there are more rows
+    # than parts, most are whole: few blocks are to find that out.
+    queries, depth = (4, 2) if B >= 32 else (1, 16)
+    turns = math.gcd(M // queries, 4) if parts < B else 1
 
     def kernel(lengths, *refs):
         row = lax.axis_index("row")

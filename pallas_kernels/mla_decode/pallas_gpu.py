@@ -681,7 +681,7 @@ class _Kernel:
             """Rounded once more than results are, so to float16, in units of its largest
             number.
             """
-            largest = jnp.maximum(acc.max(axis=1), (-acc).max(axis=1))
+            largest = jnp.abs(acc).max(axis=1)
             self.units[(*place, half)] = largest
             unit = jnp.where(largest > 0, 1 / largest, jnp.zeros_like(largest))
             acc = (acc * _rows(unit, acc)).astype(jnp.float16)
