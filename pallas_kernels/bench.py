@@ -305,8 +305,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number, prepared in enumerate(tqdm(ready, desc="running", unit="case")):
         key = jax.random.fold_in(jax.random.key(options.seed), number)
         for row in run_case(prepared, ceilings, key, options.clocks):
-            # At once: a run that is cut short has what it measured.
-            print(json.dumps(row._asdict()) if options.json else line(row), flush=True)
+            tqdm.write(json.dumps(row._asdict()) if options.json else line(row))
+            sys.stdout.flush()  # a run that is cut short has what it measured
         gc.collect()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()

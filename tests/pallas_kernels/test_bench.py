@@ -1,5 +1,6 @@
 """The benchmark's table, on cases of our own and with a clock of our own."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -114,13 +115,20 @@ def test_cases_are_chosen_by_words_of_their_names():
     assert list(dict.fromkeys(operations)) == list(bench.OPERATIONS)
 
 
-def test_a_gpus_table_is_printed_row_by_row(monkeypatch, capsys):
+@pytest.fixture
+def rows(monkeypatch):
+    """What a GPU that is not there measures."""
     gpu = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H")
     monkeypatch.setattr(bench.jax, "devices", lambda: [gpu])
     monkeypatch.setattr(bench, "chosen", lambda *_: [CASE])
     monkeypatch.setattr(bench, "measure_ceilings", lambda _: CEILINGS)
     monkeypatch.setattr(bench, "prepare", lambda case: case)
     rows = [bench.Row("square", "a vector", who, note="none") for who in ("a", "b")]
+    monkeypatch.setattr(bench, "run_case", lambda *_: iter(rows))
+    return rows
+
+
+def test_a_gpus_table_is_printed_row_by_row(rows, monkeypatch, capsys):
     printed = []
 
     def run_case(*_):
@@ -133,6 +141,14 @@ def test_a_gpus_table_is_printed_row_by_row(monkeypatch, capsys):
     assert printed[0].startswith("H, jax") and printed[0].count("\n") == 6
     assert printed[1] == bench.line(rows[0]) + "\n"
     assert capsys.readouterr().out == bench.line(rows[1]) + "\n"
+
+
+def test_no_row_follows_the_bar_on_its_line(rows, monkeypatch, capsys):
+    """On a terminal both are seen."""
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    assert bench.main(["mla_decode"]) == 0
+    shown = capsys.readouterr().out.replace("\r", "\n").splitlines()
+    assert [bench.line(row) for row in rows] == [x for x in shown if "a vector" in x]
 
 
 @pytest.mark.parametrize("arguments", [["no_such"], [], ["--case", "no_such"]])
