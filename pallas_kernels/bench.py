@@ -11,6 +11,7 @@ a rest (--clocks rested). Shares are of the ceilings that the same run measures.
 """
 
 import argparse
+import functools
 import gc
 import importlib
 import json
@@ -112,17 +113,14 @@ def prepare(case: Case) -> Prepared:
 
 
 class Contestant(NamedTuple):
-    """Its first output, to be compared; and its time, measured anew."""
+    """Its first output, to be compared; and its time at some `clocks`, measured anew."""
 
     result: Callable[[], jax.Array]
-    ms: Callable[[], float]
+    ms: Callable[..., float]
 
 
 def run_case(
-    prepared: Prepared,
-    ceilings: Ceilings,
-    key: jax.Array,
-    clocks: Clocks = Clocks.SETTLED,
+    prepared: Prepared, ceilings: Ceilings, key: jax.Array, clocks: Clocks
 ) -> Iterator[Row]:
     """A row for each contestant, ours first. They take turns, another one first each
     time, since clocks follow the GPU's power and temperature: a ratio is the median of
@@ -130,10 +128,9 @@ def run_case(
     """
     case = prepared.case
     operands = prepared.inputs(key)
-    contestants = _of_jax(prepared, operands, clocks) | _of_torch(
-        case, operands, clocks
-    )
-    errors, times, failed = _take_turns(contestants, prepared.exact(*operands))
+    contestants = _of_jax(prepared, operands) | _of_torch(case, operands)
+    exact = prepared.exact(*operands)
+    errors, times, failed = _take_turns(contestants, exact, clocks)
     peak = ceilings.float8 if "fp8" in case.operation else ceilings.bfloat16
     floor_s = max(case.flops / peak, case.bytes / ceilings.read)
     ours = next((times[who] for who in contestants if who not in failed), [])
@@ -154,7 +151,7 @@ def run_case(
 
 
 def _take_turns(
-    contestants: dict[str, Contestant | str], exact: jax.Array
+    contestants: dict[str, Contestant | str], exact: jax.Array, clocks: Clocks
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, str]]:
     """By contestant: error, milliseconds of each turn, or why it could not."""
     failed = {who: why for who, why in contestants.items() if isinstance(why, str)}
@@ -167,7 +164,7 @@ def _take_turns(
                 continue
             try:
                 if turn:
-                    times[who].append(contestants[who].ms())
+                    times[who].append(contestants[who].ms(clocks=clocks))
                 else:
                     found = contestants[who].result()
                     errors[who] = float(relative_error(found, exact))
@@ -176,15 +173,13 @@ def _take_turns(
     return errors, times, failed
 
 
-def _of_jax(
-    prepared: Prepared, operands, clocks: Clocks
-) -> dict[str, Contestant | str]:
+def _of_jax(prepared: Prepared, operands) -> dict[str, Contestant | str]:
     def contestant(who: str, run: Callable) -> Contestant:
         def result() -> jax.Array:
             poison(prepared.outputs[who])
             return jax.tree.leaves(run(*operands))[0]
 
-        return Contestant(result, lambda: device_ms(run, *operands, clocks=clocks))
+        return Contestant(result, functools.partial(device_ms, run, *operands))
 
     return {
         who: run if isinstance(run, str) else contestant(who, run)
@@ -197,7 +192,7 @@ def _line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first[:80]}"
 
 
-def _of_torch(case: Case, operands, clocks: Clocks) -> dict[str, Contestant | str]:
+def _of_torch(case: Case, operands) -> dict[str, Contestant | str]:
     if case.torch is None:
         return {}
     try:
@@ -214,7 +209,7 @@ def _of_torch(case: Case, operands, clocks: Clocks) -> dict[str, Contestant | st
         def result() -> jax.Array:
             return jnp.from_dlpack(function(*tensors).contiguous())
 
-        return Contestant(result, lambda: torch_ms(function, *tensors, clocks=clocks))
+        return Contestant(result, functools.partial(torch_ms, function, *tensors))
 
     return {who: contestant(function) for who, function in functions.items()}
 

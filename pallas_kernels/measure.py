@@ -55,9 +55,7 @@ class Case:
     target: str = ""
 
 
-def device_ms(
-    run: Callable, *operands: Array, clocks: Clocks = Clocks.SETTLED
-) -> float:
+def device_ms(run: Callable, *operands: Array, clocks: Clocks) -> float:
     """Milliseconds that the kernels of one call take on the GPU: `kernels_ms` of a
     compiled JAX function.
     """
@@ -67,22 +65,18 @@ def device_ms(
         nonlocal last
         last = run(*operands)
 
-    return kernels_ms(once, lambda: jax.block_until_ready(last), clocks=clocks)
+    return kernels_ms(once, lambda: jax.block_until_ready(last), clocks)
 
 
-def torch_ms(run: Callable, *operands, clocks: Clocks = Clocks.SETTLED) -> float:
+def torch_ms(run: Callable, *operands, clocks: Clocks) -> float:
     """The same for a function of PyTorch tensors."""
     import torch
 
-    return kernels_ms(lambda: run(*operands), torch.cuda.synchronize, clocks=clocks)
+    return kernels_ms(lambda: run(*operands), torch.cuda.synchronize, clocks)
 
 
 def kernels_ms(
-    once: Callable,
-    wait: Callable,
-    *,
-    repeats: int = REPEATS,
-    clocks: Clocks = Clocks.SETTLED,
+    once: Callable, wait: Callable, clocks: Clocks, repeats: int = REPEATS
 ) -> float:
     """Milliseconds that the kernels launched by one call of `once` take, by CUPTI, so
     without the host's part: the median of `repeats` calls in a row, after what `clocks`
