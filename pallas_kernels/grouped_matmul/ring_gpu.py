@@ -10,7 +10,7 @@ products may be done under the next tile's.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -136,25 +136,45 @@ class BackAndForth(NamedTuple):
     def count(self) -> Int[Array, ""]:
         """Tiles of this cluster."""
         waves = lax.div(self.tiles, self.clusters)  # whole ones
-        return waves + (self.number(waves) < self.tiles).astype(jnp.int32)
+        return waves + (self.unbounded(waves) < self.tiles).astype(jnp.int32)
 
     def number(self, wave) -> Int[Array, ""]:
-        """Its tile of a wave."""
+        """Its tile of a wave, or the last one, if there are not as many."""
+        return jnp.minimum(self.unbounded(wave), self.tiles - 1)
+
+    def unbounded(self, wave) -> Int[Array, ""]:
+        """Its tile of a wave, if there are as many."""
         turned = self.clusters - 1 - self.cluster
         here = jnp.where(lax.rem(wave, 2) == 0, self.cluster, turned)
         return wave * self.clusters + here
 
 
+def clusters(blocks: int) -> int:
+    """How many there are, of so many blocks each."""
+    return SMS // blocks
+
+
 def back_and_forth(tiles: Int[Array, ""] | int, blocks: int) -> BackAndForth:
     """Of so many tiles, of clusters of so many blocks."""
-    return BackAndForth(tiles, SMS // blocks, lax.axis_index("cluster"))
+    return BackAndForth(tiles, clusters(blocks), lax.axis_index("cluster"))
+
+
+class Order(Protocol):
+    """Which tiles a block's cluster does."""
+
+    @property
+    def count(self) -> Int[Array, ""]:
+        """How many waves it has one of."""
+
+    def number(self, wave) -> Int[Array, ""]:
+        """Which one of a wave; after the last one, any."""
 
 
 class Block:
     """What one block of a kernel does, tile by tile: one of each wave of `order`."""
 
     ring: Ring
-    order: BackAndForth
+    order: Order
 
     def copy_tile(self, wave, step):
         """Copies in what a tile needs, from a step of the ring on; the step after."""
@@ -198,7 +218,7 @@ def call(kernel: Callable, outputs: list, *operands: Array, blocks: int = 1):
     return plgpu.kernel(
         kernel,
         out_type=outputs,
-        grid=(SMS // blocks,),
+        grid=(clusters(blocks),),
         grid_names=("cluster",),
         cluster=(blocks,),
         cluster_names=("pair",),

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.grouped_matmul.items_gpu import (
     Grid,
     Items,
+    Table,
     schedule_items,
 )
 from pallas_kernels.grouped_matmul.layers import Matrices, OfLayer, apart
@@ -31,6 +32,7 @@ from pallas_kernels.grouped_matmul.ring_gpu import (
     back_and_forth,
     call,
     chunks,
+    clusters,
     padded,
     run,
     smem,
@@ -118,9 +120,10 @@ class _RowsPlan:
     def grid(self) -> Grid:
         """Of items."""
         tiles = self.tiles
-        return Grid(self.M, self.groups, tiles.half, self.across, tiles.band)
+        sizes = self.M, self.groups, tiles.half, self.across, tiles.band
+        return Grid(*sizes, clusters(tiles.blocks))
 
-    def schedule(self, sizes_G: Int[Array, " G"]) -> Schedule:
+    def schedule(self, sizes_G: Int[Array, " G"]) -> Schedule | Table:
         """Whose rows are which."""
         if self.tiles.items:
             return schedule_items(sizes_G, self.grid)
@@ -206,8 +209,9 @@ class _Rows(Block):
 
     def __init__(self, plan: _RowsPlan, refs, x_in, w_in, out, full, free):
         self.plan = plan
-        fields = len(Schedule._fields)
-        self.schedule = Schedule(*refs[:fields])
+        table = Table if plan.tiles.items else Schedule
+        fields = len(table._fields)
+        self.schedule = table(*refs[:fields])
         self.order = self.make_order()
         self.first_matrix = refs[fields]
         refs, self.ys = refs[fields + 1 : -plan.outputs], refs[-plan.outputs :]
@@ -219,23 +223,22 @@ class _Rows(Block):
         self.out = {LINE: out[:2], LINE // 2: narrow}
         self.ring = Ring(plan.tiles.stages, full, free)
 
-    def make_order(self) -> BackAndForth:
+    def make_order(self) -> BackAndForth | Items:
         """The order of tiles."""
         plan, tiles = self.plan, self.plan.tiles
         if tiles.items:
-            self.items = Items(self.schedule, plan.grid)
-            return back_and_forth(self.items.count, tiles.blocks)
+            return Items(self.schedule, plan.grid, lax.axis_index("cluster"))
         self.down = tile_count(self.schedule, plan.M, tiles.all_rows)
         return back_and_forth(self.down * plan.across, tiles.blocks)
 
     def place(self, wave) -> _Place:
-        """Where a wave's tile lies, or the last one, if there are not as many. Surplus
-        rows are never multiplied, and so get zeros.
+        """Where a wave's tile lies; after the last one, any. Surplus rows are never
+        multiplied, and so get zeros.
         """
         plan, tiles, wide = self.plan, self.plan.tiles, False
-        index = jnp.minimum(self.order.number(wave), self.order.tiles - 1)
+        index = self.order.number(wave)
         if tiles.items:
-            group, (start, count, column, wide) = self.items.item(index)
+            group, (start, count, column, wide, *_) = self.order.item(index)
             column = column + jnp.where(wide, lax.axis_index("pair"), 0)
         elif tiles.by_group:
             group, start, count, column = place_by_group(

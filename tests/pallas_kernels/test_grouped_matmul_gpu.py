@@ -80,11 +80,22 @@ def test_walked_by_group_every_row_is_in_one_tile_of_each_column(sizes, across, 
     assert groups == sorted(groups)
 
 
+CLUSTERS = 5
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def all_items(sizes, grid):
-    """How many there are; groups and items, in order, and further ones that are not."""
-    items = Items(schedule_items(sizes, grid), grid)
-    return items.count, *jax.vmap(items.item)(jnp.arange(grid.most))
+    """Groups and items in order, and further ones that are not; how many are each
+    cluster's, and which.
+    """
+    table = schedule_items(sizes, grid)
+    found = jax.vmap(Items(table, grid, 0).item)(jnp.arange(grid.most))
+
+    def of_cluster(cluster):
+        items = Items(table, grid, cluster)
+        return items.count, jax.vmap(items.number)(jnp.arange(grid.waves))
+
+    return *found, *jax.vmap(of_cluster)(jnp.arange(grid.clusters))
 
 
 def random_sizes(count, groups=8):
@@ -102,27 +113,51 @@ def random_sizes(count, groups=8):
 @pytest.mark.parametrize(("unit", "band"), [(64, 8), (64, 2), (128, 1)])
 def test_every_row_is_in_one_item_of_each_column(across, unit, band):
     for sizes in random_sizes(40):
-        grid = Grid(M, len(sizes), unit, across, band)
-        count, groups, items = jax.tree.map(np.asarray, all_items(sizes, grid))
-        assert count <= grid.most
+        grid = Grid(M, len(sizes), unit, across, band, CLUSTERS)
+        found = jax.tree.map(np.asarray, all_items(sizes, grid))
+        groups, items, counts, _ = found
+        assert counts.sum() <= grid.most
         owner = np.full((M, across), -1)
-        for group, row, rows, column, wide in list(zip(groups, *items))[:count]:
+        for number in range(counts.sum()):
+            group = groups[number]
+            row, rows, column, wide, light, _ = (field[number] for field in items)
             here = owner[row : row + rows, column : column + 1 + wide]
             assert here.shape == (rows, 1 + wide)
-            assert 0 < rows <= (2 if wide else 4) * unit
+            units = -(-rows // unit)
+            assert 0 < units <= (2 if wide else 4)
+            assert light == (units <= (1 if wide else 2))
             assert (here == -1).all()
             here[:] = group
         expected = np.repeat(range(len(sizes) + 1), [*sizes, M - sum(sizes)])
         np.testing.assert_array_equal(owner, np.stack([expected] * across, 1))
 
 
+@pytest.mark.parametrize("across", [1, 2, 7, 16])
+@pytest.mark.parametrize(("unit", "band"), [(64, 8), (64, 2), (128, 1)])
+def test_every_item_is_done_once_and_clusters_have_as_many_of_each_kind(
+    across, unit, band
+):
+    for sizes in random_sizes(40):
+        grid = Grid(M, len(sizes), unit, across, band, CLUSTERS)
+        found = jax.tree.map(np.asarray, all_items(sizes, grid))
+        _, items, counts, order = found
+        assert counts.max() < grid.waves
+        mine = [each[:count] for each, count in zip(order, counts)]
+        assert sorted(np.concatenate(mine)) == list(range(counts.sum()))
+        assert all((np.diff(each) > 0).all() for each in mine)
+        light = [items.light[each].sum() for each in mine]
+        assert max(light) - min(light) <= 1
+        assert np.ptp(counts - light) <= 1 and np.ptp(counts) <= 1
+
+
 def test_items_that_share_a_matrix_or_rows_follow_each_other():
     rows, groups, across = 24576, 64, 11
     shares = np.random.default_rng(0).dirichlet([5.0] * groups)
     sizes = np.diff(np.round(np.cumsum(shares) * rows).astype(int), prepend=0)
-    grid = Grid(rows, groups, 64, across, 8)
+    grid = Grid(rows, groups, 64, across, 8, 66)
     found = jax.tree.map(np.asarray, all_items(jnp.asarray(sizes), grid))
-    count, group, item = found
+    group, item, counts, _ = found
+    count = counts.sum()
     assert (np.diff(group[:count]) >= 0).all()
     for each in range(groups):
         columns = item.column[:count][group[:count] == each]
