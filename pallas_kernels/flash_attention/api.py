@@ -18,11 +18,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import named, note_choice
-from pallas_kernels.flash_attention import cudnn, pallas_tpu, reference
+from pallas_kernels.flash_attention import cudnn, pallas_gpu, pallas_tpu, reference
 from pallas_kernels.flash_attention.reference import Visible
 
-KERNELS = {"splash": pallas_tpu, "cudnn": cudnn}
-PLATFORMS = {"tpu": "splash", "cuda": "cudnn"}
+KERNELS = {"splash": pallas_tpu, "hopper": pallas_gpu, "cudnn": cudnn}
+PLATFORMS = {"tpu": ("splash",), "cuda": ("hopper", "cudnn")}  # the best one first
 IMPLEMENTATIONS = ("reference", *KERNELS)
 KEPT = "flash_attention"  # the `checkpoint_name` of what the gradient needs
 
@@ -39,7 +39,8 @@ def flash_attention(
     softmax_dtype: DTypeLike = jnp.float32,
     implementation: str | None = None,
 ) -> Float[Array, "B T K G U"]:
-    """softmax(scale * q k) v over the keys that a query sees; nothing quadratic is kept.
+    """softmax(scale * q k) v over the keys that a query sees; nothing quadratic is kept
+    for the gradients. ("hopper" has a temporary of that kind, of up to 2.5 GiB.)
 
     A query sees the keys up to index `last`, by default its own, and of them those of
     its own segment. Differentiable in `q`, `k` and `v`: the operands, the result and a
@@ -49,9 +50,11 @@ def flash_attention(
     nothing of use.
 
     `implementation`: "splash" is JAX's kernel for TPUs, bfloat16 or float32; "cudnn"
-    runs on Hopper GPUs, 16-bit and without segments; both are causal (no `last_BT`) and
-    have their softmax in float32; "reference" is plain JAX. None takes the kernel of
-    the platform that is compiled for, else the reference, and says so once.
+    runs on Hopper GPUs, 16-bit and without segments; "hopper" is the same with gradients
+    of our own, for the heads of the models and lengths that 8 divides, from 128 on. All
+    are causal (no `last_BT`) and have their softmax in float32. "reference" is plain JAX.
+    None takes the best kernel for the platform that is compiled for, else the reference,
+    and says so once.
 
     Raises:
         ValueError: shapes do not fit, or the implementation is unknown.
@@ -67,9 +70,12 @@ def flash_attention(
     }
     match implementation := named(implementation):
         case None:
-            names = tuple(name for name in KERNELS if not lacking[name])
-            reasons = {where: lacking[name] for where, name in PLATFORMS.items()}
-            note_choice("flash_attention", PLATFORMS, reasons)
+            best = {
+                on: _best(candidates, lacking) for on, candidates in PLATFORMS.items()
+            }
+            names = tuple(name for name in best.values() if not lacking[name])
+            reasons = {on: lacking[name] for on, name in best.items()}
+            note_choice("flash_attention", best, reasons)
         case "reference":
             names = ()
         case name if name in KERNELS:
@@ -80,6 +86,12 @@ def flash_attention(
             raise ValueError(f"{implementation=} is not one of {IMPLEMENTATIONS}")
     call = _Call(names, implementation is not None, scale, dtype)
     return _attention(call, q_BTKGH, k_BSKH, v_BSKU, visible)
+
+
+def _best(candidates: tuple[str, ...], lacking: dict[str, str]) -> str:
+    """The first that lacks nothing, else the last."""
+    able = [name for name in candidates if not lacking[name]]
+    return able[0] if able else candidates[-1]
 
 
 def _no_causal_float32(visible: Visible, dtype: np.dtype) -> str:
@@ -133,7 +145,12 @@ class _Call(NamedTuple):
             return plain
         if self.only:
             return fused[self.kernels[0]]
-        where = {on: fused[name] for on, name in PLATFORMS.items() if name in fused}
+        where = {
+            on: fused[name]
+            for on, candidates in PLATFORMS.items()
+            for name in candidates
+            if name in fused
+        }
         return functools.partial(jax.lax.platform_dependent, **where, default=plain)
 
 

@@ -277,6 +277,7 @@ def test_the_longest_sequences_take_two_kernels(length, backward):
             "a softmax in bfloat16",
         ),
         (dict(implementation="cudnn"), NotImplementedError, "no Hopper GPU"),
+        (dict(implementation="hopper"), NotImplementedError, "no Hopper GPU"),
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else "",
 )
