@@ -60,7 +60,7 @@ def backward(
     q_BTNH, dout_BTNU = q_BTKGH.reshape(B, T, -1, H), dout_BTKGU.reshape(B, T, -1, U)
     products = out_BTKGU.astype(jnp.float32) * dout_BTKGU.astype(jnp.float32)
     lse_BNT = _by_head(-lse_BTKG / scale, end=-jnp.inf)
-    delta_BNT = _by_head(-products.sum(-1), end=0)
+    delta_BNT = _by_head(-products.sum(-1), end=0.0)
     plan = Plan(B, T, K, G, H, U, scale, jnp.dtype(q_BTKGH.dtype), keys=True)
     keep = plan.score_bytes <= MOST_KEPT
     keys, queries = (k_BTKH, v_BTKU), (q_BTNH, dout_BTNU)

@@ -1,0 +1,116 @@
+"""Hopper kernels run by JAX's interpreter of Mosaic GPU, on a CPU: barriers, copies and
+warpgroups as threads, and races between them fail the test.
+
+What the interpreter lacks is added here: matrix products whose left operand lies in
+registers, sums that start from an array, barriers whose last phase nobody waits for. And
+what was read of shared memory before a barrier may be overwritten by a copy after it, as
+JAX's own kernels have it, without a fence.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import fields
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+if jax.__version_info__ >= (0, 11):
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, shared_memory
+
+    _wgmma_of_refs, _plain_arrive = gpu_callbacks.wgmma, shared_memory.Barrier.arrive
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run interpreted; the test is skipped where JAX's interpreter is
+    too young. Results have to be ready (`jax.block_until_ready`) before the context ends.
+
+    Raises:
+        AssertionError: a race was found (the interpreter itself only prints it), or
+            nothing was interpreted.
+    """
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("JAX's interpreter of Mosaic GPU knows no wgmma")
+    states = []
+
+    class Races(gpu_callbacks.GPURaceDetectionState):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            states.append(self)  # one a kernel, thrown away after it
+
+    options = {"out_of_bounds_reads": "raise", "uninitialized_memory": "nan"}
+    if "on_race" in {field.name for field in fields(plgpu.InterpretGPUParams)}:
+        options["on_race"] = "warn"  # from JAX 0.12 on; before, it knew nothing else
+    params = plgpu.InterpretGPUParams(detect_races=True, **options)
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with (
+        mock.patch.object(pl, "run_state", _run_state),
+        mock.patch.object(plgpu.ACC, "init", staticmethod(lambda start: start)),
+        mock.patch.object(gpu_callbacks, "wgmma", _wgmma),
+        mock.patch.object(gpu_callbacks, "GPURaceDetectionState", Races),
+        mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate),
+        mock.patch.object(shared_memory.Barrier, "arrive", _arrive),
+        plgpu.force_gpu_interpret_mode(params),
+    ):
+        try:
+            yield
+        finally:
+            gpu_callbacks.reset_gpu_interpret_mode_state()
+    assert states, "nothing was interpreted"
+    assert not any(state.races_found for state in states), "a race"
+
+
+def _run_state(multiply):
+    """Of one accumulator that starts from an array."""
+
+    def run(start):
+        def scope(acc):
+            multiply(acc)
+            return acc[...]
+
+        return start + pl.run_scoped(scope, plgpu.ACC(start.shape, start.dtype))
+
+    return run
+
+
+def _wgmma(**arguments):
+    """The interpreter's, or, of a left operand that is an array, our own."""
+    left = arguments["a_allocation_key_as_array"]
+    if np.ndim(left) != 2:
+        return _wgmma_of_refs(**arguments)
+    memory, thread = gpu_callbacks._get_shared_memory(), arguments["thread"]
+    info = gpu_callbacks.memory.GPULoggingInfo(
+        arguments["mesh_location"], thread, arguments["source_info"]
+    )
+
+    def buffer(name):
+        key = arguments[f"{name}_allocation_key_as_array"]
+        key = gpu_callbacks.HostAllocationKey.from_array(key)
+        transforms = gpu_callbacks._remove_noop_transforms(
+            arguments[f"{name}_transforms"]
+        )
+        place = key, memory.access(key, jax.tree.map(int, transforms))
+        content, *_ = memory.get_buffer_content(*place, thread, logging_info=info)
+        return place, content
+
+    (_, right), (place, acc) = buffer("b"), buffer("acc")
+    acc = acc + np.matmul(left, right, dtype=acc.dtype)
+    memory.store_buffer_content(*place, acc, thread, logging_info=info)
+    return arguments["token"]
+
+
+def _deallocate(barrier) -> None:
+    with barrier.cv:
+        barrier.ref_count -= 1
+        assert barrier.ref_count > 0 or barrier.arrivals_count == 0
+
+
+def _arrive(barrier, thread, clock=None, *rest, **options) -> None:
+    if clock is not None:
+        clock = clock.copy()
+        clock.commit_smem()
+    _plain_arrive(barrier, thread, clock, *rest, **options)
