@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, the meshes tests share, and checked array shapes."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -25,6 +26,15 @@ if find_spec("beartype"):
     install_import_hook(checked, "beartype.beartype")
 
 from dsjax.sharding import make_mesh  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes millions of small objects, few of them garbage: the collector looks
+    less often for some, and never again at the modules that are imported by now.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

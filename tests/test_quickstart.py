@@ -12,6 +12,7 @@ from dsjax.data.windows import Windows
 from dsjax.errors import UserError
 from dsjax.nn.transformer import Transformer
 from dsjax.train.step import Metrics
+from tests.support import fill
 
 SETTINGS = qs.Settings(
     d_model=48, moe_layers=1, vocab_size=300, length=32, batch_size=2, steps=6, warmup=2
@@ -83,7 +84,7 @@ def test_training_stops_when_its_time_is_over(monkeypatch, capsys):
     monkeypatch.setattr(
         qs, "make_step", lambda *_, **__: lambda state, *_: (state, metrics)
     )
-    model = Transformer.create(qs.model_config(SETTINGS), seed=0)
+    model = fill(Transformer.abstract(qs.model_config(SETTINGS)), std=0.1)
     corpus = Corpus(tokens=np.arange(2000) % 300, starts=np.zeros(1, int))
     history = qs.train(model, Windows(corpus, length=32), settings=SETTINGS, steps=50)
     assert 1 <= len(history.loss) <= 4
@@ -95,6 +96,8 @@ def test_a_failed_run_leaves_no_result(split, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(qs, "train", fail)
+    made = lambda config, *, seed, mesh: Transformer.abstract(config, mesh=mesh)  # noqa: E731
+    monkeypatch.setattr(Transformer, "create", made)
     out = tmp_path / "quickstart"
     with pytest.raises(KeyboardInterrupt):
         qs.quickstart(out, settings=SETTINGS, split=split)

@@ -9,6 +9,7 @@ experts.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -179,6 +180,7 @@ def _add_up(
     single microbatch has neither loop nor sums.
     """
 
+    @partial(jax.jit, inline=True)  # for its shapes and in the loop it is traced once
     def one(microbatch: Batch, index: Array) -> tuple[Weights, Terms]:
         return gradient(params, microbatch, jax.random.fold_in(key, index))
 

@@ -18,6 +18,7 @@ from dsjax.nn.moe import MixtureOfExperts
 from dsjax.nn.options import FLOAT32, Build
 from dsjax.nn.transformer import Transformer
 from dsjax.sharding import Sharding, make_mesh
+from tests.support import fill
 
 B, T, E, K = 4, 10, 8, 3
 MOE = Moe(num_experts=E, num_shared=1, top_k=K, width=16)
@@ -174,9 +175,8 @@ def compiled(model, dropping=None):
 
 def test_a_model_drops_alike_on_every_mesh():
     """Capacity is one of the batch over all devices; one key, one choice of sequences."""
-    config = replace(CONFIG, init_std=0.2)
-    one = Transformer.create(config)
-    many = Transformer.create(config, mesh=make_mesh(fsdp=2, expert=2, tensor=2))
+    meshes = make_mesh(), make_mesh(fsdp=2, expert=2, tensor=2)
+    one, many = (fill(Transformer.abstract(CONFIG, mesh=m), std=0.2) for m in meshes)
     dropping = Dropping(devices=4, capacity=1.0, protected=0.3)
     dropped = compiled(one, dropping)
     (hidden, kept), (there, kept_there) = dropped(), compiled(many, dropping)()

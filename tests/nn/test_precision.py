@@ -19,6 +19,7 @@ from dsjax.nn.transformer import Transformer
 from dsjax.nn.weights import RouterBias, flat, use
 from dsjax.sharding import Sharding
 from dsjax.train.objective import head_loss
+from tests.support import fill
 
 BF16 = Precision()  # the papers': bfloat16 compute, the rest float32
 CONFIG = models.shrink(models.v3(), vocab_size=128, width=16)
@@ -73,7 +74,7 @@ def test_logits_of_losses(mesh, rng):
 
     def loss(**options):
         precision = replace(FLOAT32, **options)
-        model = Transformer.create(CONFIG, precision=precision)
+        model = fill(Transformer.abstract(CONFIG, precision=precision), std=0.05)
         return head_loss(model, normed, targets, weights)
 
     exact = loss()
@@ -102,7 +103,7 @@ def test_activations_are_computed_in_compute():
 
 def test_a_frequent_tokens_gradient_adds_up_in_float32(rng):
     """4096 positions of one token: in bfloat16 the sum would stop growing early."""
-    model = Transformer.create(CONFIG, precision=BF16)
+    model = fill(Transformer.abstract(CONFIG, precision=BF16), std=0.05)
     graph, state = nnx.split(model)
     weigh = jnp.asarray(1 + rng.random((1, 4096, 64)), jnp.bfloat16)
     tokens = jnp.full((1, 4096), 7)

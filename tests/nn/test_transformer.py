@@ -24,7 +24,7 @@ KINDS += ["tiny_v2", "tiny_v3"]
 @pytest.mark.parametrize("name", KINDS)
 def test_causality(name):
     model = random_model(name)
-    tokens = random_tokens(model, rows=2)
+    tokens = random_tokens(model)  # of the one shape that other tests compile, too
     changed = tokens.copy()
     changed[:, 13] += 1
     before, after = np.asarray(model(tokens)), np.asarray(model(changed % 512))
@@ -118,8 +118,9 @@ def test_each_device_holds_an_eighth(name):
 def test_cached_decode_equals_full_forward(name, sizes):
     """Prompts of unequal length in one batch, then eight tokens, one at a time."""
     model = random_model(name, **sizes)
-    tokens = random_tokens(model, rows=4)
-    full = np.asarray(model(tokens))
+    tokens = random_tokens(model)
+    full = np.asarray(model(tokens))[:4]
+    tokens = tokens[:4]
     lengths = np.array([16, 9, 3, 12], np.int32)
     graph, state = nnx.split(model)
 

@@ -39,13 +39,15 @@ KEYS = {
 }
 
 
-def plan(*args: str) -> subprocess.CompletedProcess:
+def plan(
+    *args: str, program=("-m", "dsjax.cli", "plan")
+) -> subprocess.CompletedProcess:
     """`dsjax plan ARGS` as from a shell, where nothing is set for JAX."""
     unset = ("JAX_PLATFORMS", "XLA_FLAGS", "TPU_SKIP_MDS_QUERY")
     environment = {k: v for k, v in os.environ.items() if k not in unset}
     paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     return subprocess.run(
-        [sys.executable, "-m", "dsjax.cli", "plan", *args],
+        [sys.executable, *program, *args],
         env=environment | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -120,23 +122,32 @@ def test_the_report_ranks_meshes(mode):
     assert done.stdout.count("fits") == 4  # three of the table, and the best at the top
 
 
+MISTAKES = [  # and what the line says
+    (("v9", "--topology", "v5p:2x2x1"), "unknown model 'v9'"),
+    (("v3", "--topology", "v5p:2x2x1", "--mesh", "fsdp=3"), "is 3 devices"),
+    (("v3", "--topology", "v5p:2x2x1", "--remat", "some"), "remat 'some'"),
+    (("v3", "--topology", "v5p:3x5x1"), "v5p:3x5x1"),
+]
+
+
 @needs_libtpu
-@pytest.mark.parametrize(
-    ("args", "line"),
-    [
-        (("v3", "--topology", "v5p:2x2x1", "--mesh", "fsdp=3"), "is 3 devices"),
-        (("v9", "--topology", "v5p:2x2x1"), "unknown model 'v9'"),
-        (("v3", "--topology", "v5p:2x2x1", "--remat", "some"), "remat 'some'"),
-        (("v3", "--topology", "v5p:3x5x1"), "v5p:3x5x1"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(args, line):
-    done = plan(*args)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert line in done.stderr
-    assert done.stderr.startswith("dsjax: ")
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line_and_exit_code_2():
+    """The first as a command, all of them one after another in one process."""
+    done = plan(*MISTAKES[0][0])
+    assert (done.returncode, done.stdout) == (2, "")
+    one_line_each(done.stderr, MISTAKES[:1])
+    program = (
+        "import json, sys; from dsjax import cli; "
+        "print([cli.main(['plan', *args]) for args in json.loads(sys.argv[1])])"
+    )
+    done = plan(json.dumps([args for args, _ in MISTAKES]), program=["-c", program])
+    assert (done.returncode, done.stdout) == (0, "[2, 2, 2, 2]\n"), done.stderr
+    one_line_each(done.stderr, MISTAKES)
+
+
+def one_line_each(printed: str, mistakes: list[tuple]) -> None:
+    for line, (_, words) in zip(printed.splitlines(), mistakes, strict=True):
+        assert line.startswith("dsjax: ") and words in line
 
 
 @pytest.mark.parametrize(

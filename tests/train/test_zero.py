@@ -22,6 +22,7 @@ from dsjax.train.optimizer import AdamW
 from dsjax.train.schedule import Progress
 from dsjax.train.step import init_state, make_step, rates, write_back
 from dsjax.train.zero import gathered, spread
+from tests.support import fill
 from tests.train import tiny
 
 CONFIG = models.shrink(models.v3(), vocab_size=128, width=16)
@@ -43,7 +44,8 @@ def run(case):
     """(model, compiled step, last state, metrics) of steps of two microbatches."""
     sharding, sizes = CASES[case]
     mesh = make_mesh(**sizes)
-    model = Transformer.create(CONFIG, seed=0, mesh=mesh, sharding=sharding)
+    model = Transformer.abstract(CONFIG, mesh=mesh, sharding=sharding)
+    fill(model, std=CONFIG.init_std)
     state = init_state(model, AdamW(), ema=EMA)
     step = make_step(model, optimizer=AdamW(), objective=OBJECTIVE, ema=EMA)
     arguments = {"tokens": TOKENS}, rates(3e-3, OBJECTIVE, START)
