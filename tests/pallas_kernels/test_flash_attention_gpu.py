@@ -110,7 +110,7 @@ MLA, GQA = (16, 2048, 10, 1, 192, 128), (2, 4096, 8, 4, 128, 128)
     jax.__version_info__[:2] != (0, 11),
     raises=AssertionError,
     strict=False,
-    reason="the code of JAX 0.10 and 0.12 spills up to 100 bytes",
+    reason="the code of JAX 0.10 and 0.12 spills about 100 bytes",
 )
 @pytest.mark.parametrize(
     "cases",
