@@ -156,8 +156,8 @@ class Grid(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Whose rows are which, of items in order, as in `tiles_gpu.Schedule`; and who does
-    them.
+    """Whose rows are which, of items in order: what `tiles_gpu.Schedule` says of tiles, in
+    its order; and who does them.
     """
 
     group: Int[Array, " T"]
@@ -173,22 +173,20 @@ class Table(NamedTuple):
 def schedule_items(sizes_G: Int[Array, " G"], grid: Grid) -> Table:
     """Of groups of such sizes. Three kernels, and one that writes zeros."""
     sizes_G = sizes_G.astype(jnp.int32)
-    of_groups = scheduled(sizes_G, grid.count(sizes_G), grid.rows, grid.most)
+    tiles = scheduled(sizes_G, grid.count(sizes_G), grid.rows, grid.most)
     light_ends_G = running_sum(grid.light(sizes_G))
-    group, first, begin, end, ends_G, item_ends_G = of_groups
     number = jnp.arange(grid.most)
-    past_TG = item_ends_G <= number[:, None]
+    past_TG = tiles.tile_ends <= number[:, None]
     lights = jnp.where(past_TG, light_ends_G, 0).max(1)
-    item = grid.item(number - first, begin, end)
-    items, deal = grid.deal(ends_G[-1], item_ends_G[-1], light_ends_G[-1])
+    item = grid.item(number - tiles.first, tiles.begin, tiles.end)
+    items, deal = grid.deal(tiles.ends[-1], tiles.tile_ends[-1], light_ends_G[-1])
     lights += item.lights
     place = deal.place(number - lights, lights, item.light)
     nowhere = grid.waves * grid.clusters
     place = jnp.where(number < items, place, nowhere)
     order = jnp.zeros(nowhere, jnp.int32)
     order = order.at[place].set(number, mode="drop", unique_indices=True)
-    ends = ends_G, item_ends_G, light_ends_G
-    return Table(group, first, begin, end, *ends, order)
+    return Table(*tiles, light_ends_G, order)
 
 
 class Items(NamedTuple):
