@@ -97,9 +97,8 @@ def test_stream_comes_in_pieces(text_model):
 
 def test_chat_uses_the_template(text_model):
     prompt = text_model.tokenizer.chat([{"role": "user", "content": "def f"}])
-    tokens = text_model.tokenizer.encode(prompt)
-    expected = dsjax.generate(text_model, [tokens], max_new_tokens=20)
-    reply = "".join(stream(text_model, "def f", chat=True, max_new_tokens=20))
+    expected = dsjax.generate(text_model, [text_model.tokenizer.encode(prompt)])
+    reply = "".join(stream(text_model, "def f", chat=True))
     assert reply == text_model.tokenizer.decode(expected[0])
 
 

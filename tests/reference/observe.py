@@ -21,25 +21,22 @@ def logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
 class Observed:
     """Of a model with experts, and None where it has no MTP module.
 
-    logits: float32 [B, T, V]; indices: [moe layers, B, T, k], ascending for each token;
-    mtp_logits: float32 [B, T - 1, V] from hidden state i and token i + 1; mtp_indices:
-    [B, T - 1, k].
+    indices: [moe layers, B, T, k], ascending for each token; mtp_logits: float32
+    [B, T - 1, V] from hidden state i and token i + 1; mtp_indices: [B, T - 1, k].
     """
 
-    logits: np.ndarray
     indices: np.ndarray
     mtp_logits: np.ndarray | None
     mtp_indices: np.ndarray | None
 
 
 def observe(model: Transformer, tokens: np.ndarray) -> Observed:
-    """Logits, chosen experts and MTP's answers for int32 tokens [B, T], by one program."""
+    """Chosen experts and MTP's answers for int32 tokens [B, T]."""
     graph, state = nnx.split(model)
     with jax.set_mesh(model.mesh):
         found = _run(graph, state, jnp.asarray(tokens))
-    main_logits, indices, mtp_logits, mtp_indices = jax.device_get(found)
+    indices, mtp_logits, mtp_indices = jax.device_get(found)
     return Observed(
-        logits=main_logits,
         indices=np.sort(indices, axis=-1),
         mtp_logits=mtp_logits,
         mtp_indices=None if mtp_indices is None else np.sort(mtp_indices, axis=-1),
@@ -52,13 +49,11 @@ def _run(graph: nnx.GraphDef, state: nnx.State, tokens: jax.Array) -> tuple:
     output = model.forward(tokens)
     routings = [routing for routing in output.routing if routing is not None]
     indices = jnp.concatenate([routing.indices_BTk for routing in routings])
-    main_logits = model.logits(output.hidden_BTD)
     if not model.config.mtp:
-        return main_logits, indices, None, None
+        return indices, None, None
     hidden, following = output.hidden_BTD[:, :-1], tokens[:, 1:]
     _, routing = model.predict_further(hidden, following)
-    mtp_logits = model.mtp_logits(hidden, following)
-    return main_logits, indices, mtp_logits, routing.indices_BTk
+    return indices, model.mtp_logits(hidden, following), routing.indices_BTk
 
 
 def decode(model: Transformer, tokens: np.ndarray, prompt: int) -> np.ndarray:
