@@ -9,31 +9,27 @@ Letters: N columns of a product.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fragmented
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-ir, llvm = utils.ir, utils.llvm  # of jaxlib, which is JAX's to ask for
+from pallas_kernels.assembly import ATOM, SCALAR, SUMS, in_place, start_of
+
 ROWS, INNER = 64, 128  # of a product
 INNER_STEP = 32  # of an instruction
-ATOM = 16  # bytes that shared memory is counted in by descriptors
 # The upper half of a descriptor: eight rows of 128 bytes lie together, swizzled so.
 UPPER_WORD = 1 << 30 | 8 * INNER // ATOM
 SWIZZLED = (plgpu.TilingTransform((8, INNER)), plgpu.SwizzleTransform(INNER))
-SCALAR = plgpu.Layout.WG_SPLAT(())
-SUMS = plgpu.Layout.WGMMA
 
 
 def descriptor(ref) -> Int[Array, ""]:
     """Where a swizzled reference starts, as `start_product` takes it: in 16 bytes."""
 
     def describe(_, ref):
-        start = llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
-        units = llvm.lshr(start, _constant(ATOM.bit_length() - 1))
         layout = SCALAR.to_mgpu()
-        return fragmented.FragmentedArray.splat(units, (), layout, is_signed=True)
+        return fragmented.FragmentedArray.splat(
+            start_of(ref), (), layout, is_signed=True
+        )
 
     return plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(SWIZZLED),),
@@ -75,7 +71,7 @@ def start_product(
             ]
         text.append("wgmma.commit_group.sync.aligned; }")
         words = [operand.registers.item() for operand in (x, w, zero)]
-        return _in_place(product, " ".join(text), words)
+        return in_place(product, " ".join(text), words)
 
     return plgpu.inline_mgpu(
         arg_types=(SUMS, SCALAR, SCALAR, SCALAR),
@@ -87,45 +83,9 @@ def finish_product(product: Float[Array, "64 N"]) -> Float[Array, "64 N"]:
     """The values of the product that was started, once they are ready."""
 
     def run(_, product):
-        return _in_place(product, "wgmma.wait_group.sync.aligned 0;", [])
+        return in_place(product, "wgmma.wait_group.sync.aligned 0;", [])
 
     return plgpu.inline_mgpu(
         arg_types=(SUMS,),
         return_type=plgpu.ShapeDtypeStruct(product.shape, jnp.float32, layout=SUMS),
     )(run)(product)
-
-
-def _in_place(product, text: str, words: list):
-    """The array that assembly makes of an array, in the same registers: $0 and so on,
-    then, counted once more, those it was in before; then words of 32 bits.
-    """
-    one_by_one = fragmented.WGMMA_LAYOUT_ACC_32BIT
-    registers = product.to_layout(one_by_one).registers
-    values = [llvm.extractelement(pair, _constant(0)) for pair in registers.flat]
-    f32, count = ir.F32Type.get(), len(values)
-    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["r"] * len(words)
-    result = llvm.inline_asm(
-        llvm.StructType.get_literal([f32] * count),
-        [*values, *words],
-        text,
-        ",".join(constraints),
-        asm_dialect=0,
-        has_side_effects=True,
-    )
-    kind = ir.VectorType.get((1,), f32)
-    made = np.empty(count, object)
-    for i in range(count):
-        value = llvm.extractvalue(f32, result, [i])
-        made[i] = llvm.insertelement(llvm.mlir_undef(kind), value, _constant(0))
-    made = fragmented.FragmentedArray(
-        _registers=made.reshape(registers.shape), _layout=one_by_one, _is_signed=None
-    )
-    return made.to_layout(product.layout)
-
-
-def _i32():
-    return ir.IntegerType.get_signless(32)
-
-
-def _constant(number: int):
-    return llvm.ConstantOp(_i32(), ir.IntegerAttr.get(_i32(), number)).result

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_matmul.outer_gpu import SLICE, add_slices, keep_rows
 from pallas_kernels.grouped_matmul.ring_gpu import (
     ALIGN,
     CHUNK_ROWS,
@@ -156,25 +157,47 @@ class _Weights(Block):
         mine = pl.ds(warpgroup * tiles.half, tiles.half)
         half_x = pl.ds(warpgroup * (tiles.columns // 2), tiles.columns // 2)
 
-        def multiply(acc, number, slot):
+        def prepare(number, slot):
+            """Zeros where rows are others'."""
             here = start + number * LINE
             dy = self.dy_in.at[slot, :, mine]
 
             @pl.when((begin > here) | (end < here + LINE))
             def _():
-                _keep_rows(dy, begin - here, end - here)
+                keep_rows(dy, begin - here, end - here, columns=tiles.rows)
 
             # Surplus rows may hold anything: infinity times 0 would not be 0.
             @pl.when(all_rows < here + LINE)
             def _():
-                _keep_rows(self.x_in.at[slot, :, half_x], 0, all_rows - here)
+                x, none = self.x_in.at[slot, :, half_x], jnp.int32(0)
+                keep_rows(x, none, all_rows - here, columns=tiles.columns)
                 plgpu.barrier_arrive(self.masked)
                 plgpu.barrier_wait(self.masked)
 
+        def multiply(acc, number, slot):
+            prepare(number, slot)
+            dy = self.dy_in.at[slot, :, mine]
             plgpu.wgmma(acc, dy.T, self.x_in.at[slot])
 
+        # The last step's rows may fill no more than three slices.
+        slices = lax.div(end - start - (steps - 1) * LINE + SLICE - 1, SLICE)
+        slices = jnp.where((steps > 0) & (slices < LINE // SLICE), slices, 0)
+        whole = steps - (slices > 0)
         shape = tiles.half, tiles.columns
-        total, _ = self.ring.sum_up(multiply, steps, step, shape)
+        total, _ = self.ring.sum_up(multiply, whole, step, shape)
+        slot = self.ring.slot(step + whole)
+
+        @pl.when(slices > 0)
+        def _():
+            self.ring.filled(step + whole)
+            prepare(whole, slot)
+
+        total = add_slices(
+            *(total, self.dy_in.at[slot, :, mine], self.x_in.at[slot], slices),
+            dy_columns=tiles.rows,
+            x_columns=tiles.columns,
+        )
+        pl.when(slices > 0)(lambda: self.ring.release(step + whole))
         self.store(total, self.groups.group[rank], o + warpgroup * tiles.half, i)
         return step + steps
 
@@ -190,12 +213,3 @@ class _Weights(Block):
                 plgpu.copy_smem_to_gmem(self.out.at[slot], dw.at[(group, *here)])
 
             self.own(leave, self.dws)
-
-
-def _keep_rows(tile, first, last) -> None:
-    """Zeros in all rows but `first` to `last`."""
-    index = plgpu.broadcasted_iota(jnp.int32, tile.shape, 0, layout=plgpu.Layout.WGMMA)
-    values = tile[...]
-    mine = (index >= first) & (index < last)
-    tile[...] = jnp.where(mine, values, jnp.zeros_like(values))
-    plgpu.commit_smem()

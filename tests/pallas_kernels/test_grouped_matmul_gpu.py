@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul import (
 )
 from pallas_kernels.grouped_matmul.api import feed_forward as dense_feed_forward
 from pallas_kernels.grouped_matmul.items_gpu import Grid, Items, schedule_items
+from pallas_kernels.grouped_matmul.pallas_gpu import weight_gradients
 from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LARGE,
@@ -479,6 +480,38 @@ def test_gradient_of_float32_weights_is_not_rounded_on_the_gpu():
     *_, dw = and_gradients(product, jnp.asarray(sizes), x, w, dy)
     assert dw.dtype == jnp.float32
     check([dw], product_by_hand(*wide(x, w, dy), sizes)[2:], tolerance=1e-5)
+
+
+# Blocks alone and in pairs, tall tiles and wide ones; and two gradients at once.
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("outer", "inner", "count"),
+    [(384, 256, 1), (256, 256, 1), (256, 128, 1), (384, 256, 2)],
+)
+def test_gradient_by_weights_of_any_number_of_rows_on_the_gpu(outer, inner, count):
+    """Groups end after 1 to 64 of the rows that are multiplied at once, and before rows
+    of others or of nobody.
+    """
+    rng = np.random.default_rng(384)  # finds all that there are
+    sizes = rng.integers(1, 200, 320)
+    starts, rows = np.cumsum(sizes) - sizes, sizes.sum() + 40
+    assert len({*((starts % 8 + sizes) % 64)}) == 64
+    tiles = weight_tiles(rows, len(sizes), outer, inner, two=count == 2)
+    assert tiles.pair == ((outer, count) != (384, 1) and inner == 256)
+    x, *dys = (
+        rng.standard_normal((rows, width)) for width in (inner, *[outer] * count)
+    )
+    for a in (x, *dys):
+        a[sizes.sum() :] = np.nan
+    x, *dys = (jnp.asarray(a, jnp.bfloat16) for a in (x, *dys))
+    found = jax.jit(functools.partial(weight_gradients, dtype=jnp.float32))(
+        dys, x, jnp.asarray(sizes)
+    )
+    for got, dy in zip(found, dys, strict=True):
+        wide_x, wide_dy = wide(x, dy)
+        for group, (start, size) in enumerate(zip(starts, sizes)):
+            here = slice(start, start + size)
+            check([got[group]], [wide_dy[here].T @ wide_x[here]], tolerance=1e-5)
 
 
 @pytest.mark.gpu
