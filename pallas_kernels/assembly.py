@@ -17,11 +17,13 @@ def address_of(ref):
     return llvm.ptrtoint(_i32(), utils.memref_ptr(ref))
 
 
-def start_of(ref):
-    """The same as descriptors have it: in ATOM bytes, and without the bits that say
-    which block of a cluster it is.
+def start_of(ref, *, alone: bool):
+    """The same in ATOM bytes, as descriptors have it; `alone`, without the bits that say
+    which block of a cluster it is, where a descriptor's next field means something.
     """
-    start = llvm.and_(address_of(ref), _constant(_SHARED - 1))
+    start = address_of(ref)
+    if alone:
+        start = llvm.and_(start, _constant(_SHARED - 1))
     return llvm.lshr(start, _constant(ATOM.bit_length() - 1))
 
 

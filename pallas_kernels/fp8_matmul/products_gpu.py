@@ -28,7 +28,7 @@ def descriptor(ref) -> Int[Array, ""]:
     def describe(_, ref):
         layout = SCALAR.to_mgpu()
         return fragmented.FragmentedArray.splat(
-            start_of(ref), (), layout, is_signed=True
+            start_of(ref, alone=False), (), layout, is_signed=True
         )
 
     return plgpu.inline_mgpu(

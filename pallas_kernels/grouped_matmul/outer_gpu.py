@@ -73,7 +73,8 @@ def add_slices(
             ]
         text.append("DONE: wgmma.commit_group.sync.aligned;")
         text.append("wgmma.wait_group.sync.aligned 0; }")
-        words = [start_of(dy), start_of(x), slices.registers.item()]
+        starts = [start_of(operand, alone=True) for operand in (dy, x)]
+        words = [*starts, slices.registers.item()]
         return in_place(sums, " ".join(text), words)
 
     return plgpu.inline_mgpu(
