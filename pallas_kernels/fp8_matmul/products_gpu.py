@@ -14,12 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.assembly import ATOM, SCALAR, SUMS, in_place, start_of
+from pallas_kernels.grouped_matmul.ring_gpu import swizzled
 
 ROWS, INNER = 64, 128  # of a product
 INNER_STEP = 32  # of an instruction
 # The upper half of a descriptor: eight rows of 128 bytes lie together, swizzled so.
 UPPER_WORD = 1 << 30 | 8 * INNER // ATOM
-SWIZZLED = (plgpu.TilingTransform((8, INNER)), plgpu.SwizzleTransform(INNER))
+SWIZZLED, _ = swizzled(jnp.float8_e4m3fn, INNER)
 
 
 def descriptor(ref) -> Int[Array, ""]:

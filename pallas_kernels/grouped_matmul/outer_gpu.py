@@ -19,16 +19,18 @@ from pallas_kernels.assembly import (
     run_assembly,
     start_of,
 )
+from pallas_kernels.grouped_matmul.ring_gpu import ALIGN, swizzled
+from pallas_kernels.grouped_matmul.tiles_gpu import LINE
 
 SLICE = 16  # rows of an instruction
-_EIGHT_LINES = 8 * 128 // ATOM  # where the next 64 columns of the same eight rows lie
+_EIGHT_LINES = ALIGN * 128 // ATOM  # where the next LINE columns of the same rows lie
 _SWIZZLED = 1 << 62  # of a descriptor: lines have 128 bytes
-_TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+_TILED, _ = swizzled(jnp.bfloat16, LINE)
 
 
 def _descriptor(columns: int) -> int:
     """Of a tile of so many columns, all but where it starts."""
-    next_rows = columns // 64 * _EIGHT_LINES
+    next_rows = columns // LINE * _EIGHT_LINES
     return _SWIZZLED | next_rows << 32 | _EIGHT_LINES << 16
 
 
@@ -57,7 +59,7 @@ def add_slices(
             f"or.b64 x, x, {_descriptor(x_columns)};",
             "wgmma.fence.sync.aligned;",
         ]
-        for number in range(64 // SLICE):
+        for number in range(LINE // SLICE):
             text.append(f"setp.le.s32 none, {slices_word}, {number}; @none bra DONE;")
             for group in range(groups):
                 first = group * each
@@ -68,7 +70,7 @@ def add_slices(
                     f"{{{registers}}}, dy, x, 1, 1, 1, 1, 1;",
                 ]
             text += [
-                f"add.s64 {name}, {name}, {SLICE // 8 * width // 64 * _EIGHT_LINES};"
+                f"add.s64 {name}, {name}, {SLICE // ALIGN * width // LINE * _EIGHT_LINES};"
                 for name, width in (("dys", dy_columns), ("x", x_columns))
             ]
         text.append("DONE: wgmma.commit_group.sync.aligned;")
@@ -91,7 +93,7 @@ def keep_rows(
     a line, wherever in it.
     """
     width = tile.shape[1]
-    eight_rows = columns // 64 * _EIGHT_LINES * ATOM
+    eight_rows = columns // LINE * _EIGHT_LINES * ATOM
 
     def run(_, tile, first, last):
         text = [
@@ -100,12 +102,12 @@ def keep_rows(
             f"mul.lo.u32 here, here, {eight_rows}; shl.b32 more, more, 4;",
             "add.u32 here, here, more; add.u32 here, here, $0;",
         ]
-        for _ in range(64 // SLICE):  # a lane has 16 bytes of a line
+        for _ in range(LINE // SLICE):  # a lane has 16 bytes of a line
             text.append("setp.lt.s32 zero, row, $2; @!zero setp.ge.s32 zero, row, $3;")
             text += [
                 f"@zero st.shared.v4.b32 [here + {block * _EIGHT_LINES * ATOM}],"
                 "{0, 0, 0, 0};"
-                for block in range(width // 64)
+                for block in range(width // LINE)
             ]
             text.append(f"add.u32 row, row, 16; add.u32 here, here, {2 * eight_rows};")
         bounds = [bound.registers.item() for bound in (first, last)]

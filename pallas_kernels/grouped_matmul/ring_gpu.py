@@ -260,7 +260,7 @@ def padded(a: Array, *multiples: int) -> Array:
     return jnp.pad(a, [(0, 0)] * (a.ndim - 2) + more)
 
 
-def _swizzled(dtype: DTypeLike, columns: int):
+def swizzled(dtype: DTypeLike, columns: int):
     """The transforms of a tile for matrix units; and those for copies to or from any
     row of an array. Either way the same bytes lie at the same places.
     """
@@ -272,7 +272,7 @@ def _swizzled(dtype: DTypeLike, columns: int):
 
 def smem(shape: tuple[int, ...], dtype: DTypeLike):
     """Tiles that matrix units can read; rows are the last axis but one."""
-    return plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype, shape[-1])[0])
+    return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, shape[-1])[0])
 
 
 def smem_of_any_row(shape: tuple[int, ...], dtype: DTypeLike, *widths: int):
@@ -284,7 +284,7 @@ def smem_of_any_row(shape: tuple[int, ...], dtype: DTypeLike, *widths: int):
     views = [
         plgpu.SMEM((*batch, rows * LINE // width, width), dtype, transforms=transforms)
         for width in widths
-        for transforms in _swizzled(dtype, width)
+        for transforms in swizzled(dtype, width)
     ]
     return plgpu.RefUnion(*views)
 
