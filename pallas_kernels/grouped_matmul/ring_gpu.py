@@ -67,15 +67,17 @@ class Ring(NamedTuple):
         step,
         shape: tuple[int, int],
         meanwhile: Sequence[Callable] = (),
-        least: int = 1,
+        least: int = 0,
     ):
-        """Runs `multiply(acc, number, slot)` for some steps; returns what they added
-        up to. A buffer is released when the products after its own are issued.
+        """Runs `multiply(acc, number, slot)` for some steps, at `least` so many; returns
+        what they added up to. A buffer is released when the products after its own are
+        issued.
 
-        `meanwhile` is called under the first products, and what it returns is returned,
-        too. It is dealt out over the steps, of which there are at `least` so many.
+        `meanwhile` is called under the first products, one under each, or as many as
+        `least` steps need; after the last, what then is left. What it returns is returned,
+        too.
         """
-        each = max(pl.cdiv(len(meanwhile), least), 1)
+        each = pl.cdiv(len(meanwhile), least) if least else 1
 
         def one(acc, number, step):
             multiply(acc, number, self.filled(step))
@@ -88,12 +90,17 @@ class Ring(NamedTuple):
             return step + 1
 
         def run(acc):
+            multiply_one = functools.partial(one, acc)
             number, end, found = 0, step, []
             for first in range(0, len(meanwhile), each):
-                end = one(acc, number, end)
+                if number < least:
+                    end = multiply_one(number, end)
+                else:  # one or none
+                    upto = jnp.minimum(steps, number + 1)
+                    end = lax.fori_loop(number, upto, multiply_one, end)
                 found += [work() for work in meanwhile[first : first + each]]
                 number += 1
-            end = lax.fori_loop(number, steps, functools.partial(one, acc), end)
+            end = lax.fori_loop(number, steps, multiply_one, end)
             total = acc[...]
 
             @pl.when(steps > 0)

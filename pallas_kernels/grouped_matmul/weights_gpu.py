@@ -5,6 +5,7 @@ Letters: M rows, I inner, O outer, G groups.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +81,36 @@ def weight_gradients(
     return [dw_GOI[:, : wanted[0], : wanted[1]] for dw_GOI in made]
 
 
+class _Place(NamedTuple):
+    """Where a tile lies, of a block."""
+
+    group: Int[Array, ""]
+    begin: Int[Array, ""]  # the group's first row
+    end: Int[Array, ""]  # and the row after its last
+    o: Int[Array, ""]  # the first row of the matrix
+    i: Int[Array, ""]  # and the first column
+
+    @property
+    def start(self) -> Int[Array, ""]:
+        """The first row of the first step."""
+        return lax.div(self.begin, ALIGN) * ALIGN
+
+    @property
+    def steps(self) -> Int[Array, ""]:
+        """How many there are, of LINE rows."""
+        steps = lax.div(self.end - self.start + LINE - 1, LINE)
+        return jnp.where(self.end > self.begin, steps, 0)
+
+
 class _Weights(Block):
     """One block of the kernel of weights: rows of its tiles are columns of dy, and what
     is summed over are rows of dy and x, LINE at a time, from the last before the group
     that a swizzled tile can start at.
 
     Two blocks that share x have rows one below the other; of two dy, each has its own.
+
+    What is made of a tile is stored under the next one's first products, if it takes half
+    as many registers as its sums do. (In float32 as many: it is stored at once.)
     """
 
     def __init__(self, tiles: Tiles, refs, dy_in, x_in, out, full, free, masked):
@@ -103,21 +128,21 @@ class _Weights(Block):
         self.across = pl.cdiv(inner, tiles.columns)
         self.tiles_each = self.down * self.across
         self.order = back_and_forth(groups * self.tiles_each, tiles.blocks)
+        self.dtype = self.dws[0].dtype
+        self.later = self.dtype != jnp.float32
 
-    def place(self, wave):
-        """Rank of the group, tile in its matrix, first row of the first step, and steps."""
+    def place(self, wave) -> _Place:
+        """Where a wave's tile lies; after the last one, any."""
         index = self.order.number(wave)
         rank = lax.div(index, self.tiles_each)
         down, across = walk(
             index - rank * self.tiles_each, self.down, self.across, self.tiles.band
         )
-        begin, end = self.groups.begin[rank], self.groups.end[rank]
-        start = lax.div(begin, ALIGN) * ALIGN
-        steps = lax.div(end - start + LINE - 1, LINE)
-        steps = jnp.where(end > begin, steps, 0)
         if self.tiles.pair and not self.apart:
             down = self.tiles.blocks * down + lax.axis_index("pair")
-        return rank, down * self.tiles.rows, across * self.tiles.columns, start, steps
+        group, begin, end = (a[rank] for a in self.groups[:3])
+        here = down * self.tiles.rows, across * self.tiles.columns
+        return _Place(group, begin, end, *here)
 
     def own(self, act: Callable, refs: Sequence) -> None:
         """Calls `act` with the one that is this block's."""
@@ -129,7 +154,8 @@ class _Weights(Block):
 
     def copy_tile(self, wave, step):
         """Copies in what a tile needs; returns the step after."""
-        _, o, i, start, steps = self.place(wave)
+        here = self.place(wave)
+        start = here.start
 
         def load(number, step):
             slot = self.ring.to_fill(step)
@@ -137,22 +163,32 @@ class _Weights(Block):
             rows = pl.ds(pl.multiple_of(start + number * LINE, ALIGN), LINE)
 
             def copy_dy(dy):
-                part = dy.at[rows, pl.ds(o, self.tiles.rows)]
+                part = dy.at[rows, pl.ds(here.o, self.tiles.rows)]
                 plgpu.copy_gmem_to_smem(part, self.dy_in.at[slot], full)
 
             self.own(copy_dy, self.dys)
-            x = self.x.at[rows, pl.ds(i, self.tiles.columns)]
+            x = self.x.at[rows, pl.ds(here.i, self.tiles.columns)]
             axis = "pair" if self.tiles.pair else None
             plgpu.copy_gmem_to_smem(x, self.x_in.at[slot], full, collective_axes=axis)
             return step + 1
 
-        return lax.fori_loop(0, steps, load, step)
+        return lax.fori_loop(0, here.steps, load, step)
 
-    def multiply_tile(self, wave, step):
-        """Makes a tile of what is copied in; returns the step after."""
-        rank, o, i, start, steps = self.place(wave)
+    def begin(self):
+        here, tiles = self.place(0), self.tiles
+        state = jnp.int32(0), here
+        if not self.later:
+            return state
+        nothing = jnp.zeros((tiles.half, tiles.columns), self.dtype)
+        return *state, here, plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
+
+    def multiply_tile(self, wave, state):
+        """Makes a tile of what is copied in. Under its first products, stores the one
+        before and finds out where the next one lies.
+        """
+        step, place, *before = state
         tiles, warpgroup = self.tiles, lax.axis_index("warpgroup")
-        begin, end = self.groups.begin[rank], self.groups.end[rank]
+        begin, end, start, steps = place.begin, place.end, place.start, place.steps
         all_rows = self.groups.ends[self.last]
         mine = pl.ds(warpgroup * tiles.half, tiles.half)
         half_x = pl.ds(warpgroup * (tiles.columns // 2), tiles.columns // 2)
@@ -183,8 +219,11 @@ class _Weights(Block):
         slices = lax.div(end - start - (steps - 1) * LINE + SLICE - 1, SLICE)
         slices = jnp.where((steps > 0) & (slices < LINE // SLICE), slices, 0)
         whole = steps - (slices > 0)
+        stores = self.stores(*before, there=wave > 0) if self.later else []
+        meanwhile = [*stores, lambda: self.place(wave + 1)]
         shape = tiles.half, tiles.columns
-        total, _ = self.ring.sum_up(multiply, whole, step, shape)
+        total, found = self.ring.sum_up(multiply, whole, step, shape, meanwhile)
+        following = found[-1]
         slot = self.ring.slot(step + whole)
 
         @pl.when(slices > 0)
@@ -198,18 +237,33 @@ class _Weights(Block):
             x_columns=tiles.columns,
         )
         pl.when(slices > 0)(lambda: self.ring.release(step + whole))
-        self.store(total, self.groups.group[rank], o + warpgroup * tiles.half, i)
-        return step + steps
+        if self.later:
+            return step + steps, following, place, total.astype(self.dtype)
+        for store in self.stores(place, total):
+            store()
+        return step + steps, following
 
-    def store(self, total, group, o, i) -> None:
-        """Writes a warpgroup's part of a tile."""
-        width = self.out.shape[-1]
-        for number, (r, c, _) in enumerate(chunks(*total.shape, width)):
-            chunk = total[r : r + CHUNK_ROWS, c : c + width]
-            slot = to_leave(chunk.astype(self.out.dtype), self.out, number)
-            here = pl.ds(o + r, CHUNK_ROWS), pl.ds(i + c, width)
+    def end(self, state) -> None:
+        if self.later:
+            _, _, *last = state
+            for store in self.stores(*last, there=self.order.count > 0):
+                store()
 
-            def leave(dw, slot=slot, here=here):
-                plgpu.copy_smem_to_gmem(self.out.at[slot], dw.at[(group, *here)])
+    def stores(self, place: _Place, made: Array, there=True) -> list[Callable]:
+        """What to do to store a warpgroup's part of a tile, if it is `there`."""
+        store = functools.partial(self.store, place, made, there)
+        places = chunks(*made.shape, self.out.shape[-1])
+        return [functools.partial(store, *each) for each in enumerate(places)]
 
-            self.own(leave, self.dws)
+    def store(self, place: _Place, made: Array, there, number: int, chunk) -> None:
+        """Writes a chunk, the tile's `number`th."""
+        r, c, width = chunk
+        piece = made[r : r + CHUNK_ROWS, c : c + width]
+        slot = to_leave(piece.astype(self.dtype), self.out, number)
+        o = place.o + lax.axis_index("warpgroup") * self.tiles.half + r
+        here = place.group, pl.ds(o, CHUNK_ROWS), pl.ds(place.i + c, width)
+
+        def leave(dw):
+            plgpu.copy_smem_to_gmem(self.out.at[slot], dw.at[here])
+
+        pl.when(there)(lambda: self.own(leave, self.dws))
