@@ -1,5 +1,5 @@
-"""The Hopper kernels of the grouped matmul: the schedule anywhere, the compiled code on
-any machine, the results on a GPU (`pytest -m gpu`).
+"""The Hopper kernels of the grouped matmul: the schedule anywhere, the kernels
+interpreted and the compiled code on any machine, the results on a GPU (`pytest -m gpu`).
 """
 
 import functools
@@ -8,19 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import (
     grouped_feed_forward,
     grouped_matmul,
     grouped_swiglu,
+    ring_gpu,
+    rows_gpu,
+    swiglu_gradient_gpu,
+    weights_gpu,
 )
 from pallas_kernels.grouped_matmul.api import feed_forward as dense_feed_forward
 from pallas_kernels.grouped_matmul.items_gpu import Grid, Items, schedule_items
 from pallas_kernels.grouped_matmul.pallas_gpu import weight_gradients
 from pallas_kernels.grouped_matmul.ring_gpu import BackAndForth
+from pallas_kernels.grouped_matmul.rows_gpu import multiply_rows
+from pallas_kernels.grouped_matmul.swiglu_gradient_gpu import swiglu_gradient
 from pallas_kernels.grouped_matmul.tiles_gpu import (
     LARGE,
+    LINE,
     LONG,
+    Tiles,
     by_size,
     place,
     place_by_group,
@@ -31,6 +40,7 @@ from pallas_kernels.grouped_matmul.tiles_gpu import (
     weight_tiles,
 )
 from tests.pallas_kernels.h200 import compile_for_h200
+from tests.pallas_kernels.interpret_gpu import copy_rows, interpreted
 
 M = 2048
 SIZES = {
@@ -445,6 +455,136 @@ def check(found, expected, tolerance=3e-3):
     for got, want in zip(found, expected, strict=True):
         error = np.linalg.norm(np.asarray(got, np.float32) - want)
         assert error <= tolerance * np.linalg.norm(want)
+
+
+def add_slices_by_hand(sums, dy, x, slices, **_):
+    """What `outer_gpu.add_slices` does in assembly."""
+    mine = jnp.arange(LINE)[:, None] < 16 * slices
+    dy, x = (jnp.where(mine, a[...].astype(jnp.float32), 0) for a in (dy, x))
+    return sums + dy.T @ x
+
+
+def keep_rows_by_hand(tile, first, last, **_):
+    """What `outer_gpu.keep_rows` does in assembly."""
+    row = jnp.arange(LINE)[:, None]
+    tile[...] = jnp.where((row >= first) & (row < last), tile[...], 0)
+    plgpu.commit_smem()
+
+
+@pytest.fixture
+def on_eight_multiprocessors(monkeypatch):
+    """As the interpreter can have it: so that blocks have several tiles each, or none."""
+    monkeypatch.setattr(ring_gpu, "SMS", 8)
+    monkeypatch.setattr(weights_gpu, "add_slices", add_slices_by_hand)
+    monkeypatch.setattr(weights_gpu, "keep_rows", keep_rows_by_hand)
+    for kernel in (rows_gpu, swiglu_gradient_gpu):
+        monkeypatch.setattr(kernel, "copy_rows", copy_rows)
+
+
+FEW = [5, 70, 0, 129, 64, 333]  # rows of groups; 40 more are nobody's
+WAYS = {
+    "rows of tiles": Tiles(128, 256),
+    "tall": Tiles(256, 128),
+    "by group": Tiles(128, 256, by_group=True, band=2),
+    "pairs": Tiles(128, 256, pair=True),
+    "items": Tiles(128, 256, pair=True, items=True),
+}
+each_way = pytest.mark.parametrize("tiles", WAYS.values(), ids=WAYS)
+
+
+def few_operands(*widths, matrices=()):
+    """bfloat16, and a scale; NaN where rows are nobody's."""
+    rng, rows, mine = np.random.default_rng(0), sum(FEW) + 40, sum(FEW)
+    arrays = [rng.standard_normal((rows, width)) for width in widths]
+    for array in arrays:
+        array[mine:] = np.nan
+    arrays += [rng.standard_normal((len(FEW), *shape)) / 16 for shape in matrices]
+    scale = jnp.asarray(rng.random(rows), jnp.float32)
+    return *(jnp.asarray(array, jnp.bfloat16) for array in arrays), scale
+
+
+def by_interpreter(kernel, *operands, **options):
+    with interpreted():
+        return jax.block_until_ready(kernel(*operands, jnp.asarray(FEW), **options))
+
+
+@each_way
+@pytest.mark.usefixtures("on_eight_multiprocessors")
+def test_products_interpreted(tiles):
+    """Also the sum of two by rows, as where SwiGLU's gradients come together."""
+    x, dy, w, _ = few_operands(192, 384, matrices=[(384, 192)])
+    y, dx, _ = product_by_hand(*wide(x, w, dy), FEW)
+    found = by_interpreter(multiply_rows, [x], [w], turned=True, tiles=tiles)
+    check(found, [y])
+    twice = by_interpreter(multiply_rows, [dy, dy], [w, w], turned=False, tiles=tiles)
+    check(twice, [2 * dx])
+
+
+@pytest.mark.parametrize("way", ["rows of tiles", "pairs", "items"])
+@pytest.mark.usefixtures("on_eight_multiprocessors")
+def test_swiglu_interpreted(way):
+    tiles = WAYS[way]
+    x, dh, gate, up, scale = few_operands(128, 320, matrices=[(320, 128)] * 2)
+    h, *_ = swiglu_by_hand(*wide(x, gate, up, dh, scale), FEW)
+    gated, lifted = (product_by_hand(*wide(x, w, dh), FEW)[0] for w in (gate, up))
+    options = {"turned": True, "scale_M": scale, "tiles": tiles}
+    found = by_interpreter(multiply_rows, [x], [gate, up], products=False, **options)
+    check(found, [h])
+    found = by_interpreter(multiply_rows, [x], [gate, up], **options)
+    check(found[:2], [gated, lifted])
+    check(found[2:], [h], tolerance=4e-3)  # of products that are rounded
+
+
+@pytest.mark.parametrize("way", ["rows of tiles", "pairs"])
+@pytest.mark.usefixtures("on_eight_multiprocessors")
+def test_gradient_of_swiglu_interpreted(way):
+    dy, gated, lifted, w, scale = few_operands(128, 320, 320, matrices=[(128, 320)])
+    gated, lifted = map(jnp.nan_to_num, (gated, lifted))  # as the kernels make them
+
+    def run(sizes, **options):
+        return swiglu_gradient(dy, w, gated, lifted, scale, sizes, **options)
+
+    found = by_interpreter(run, tiles=WAYS[way])
+    dy, gated, lifted, w, scale = wide(dy, gated, lifted, w, scale)
+    _, dh, _ = product_by_hand(np.zeros_like(gated), w, dy, FEW)
+    sigmoid = 1 / (1 + np.exp(-gated))
+    slope, each = sigmoid * (1 + gated * (1 - sigmoid)), scale[:, None]
+    silu = gated * sigmoid
+    expected = dh * lifted * each * slope, dh * silu * each, (dh * silu * lifted).sum(1)
+    check(found, expected)
+
+
+# Blocks alone and in pairs, tall tiles and wide ones; and two gradients at once.
+@pytest.mark.parametrize(
+    ("outer", "inner", "count", "dtype"),
+    [
+        (384, 256, 1, jnp.bfloat16),
+        (256, 256, 1, jnp.bfloat16),
+        (256, 128, 1, jnp.bfloat16),
+        (384, 256, 2, jnp.bfloat16),
+        (384, 256, 1, jnp.float32),
+    ],
+)
+@pytest.mark.usefixtures("on_eight_multiprocessors")
+def test_gradient_by_weights_interpreted(outer, inner, count, dtype):
+    *dys, x, _ = few_operands(*[outer] * count, inner)
+    found = by_interpreter(weight_gradients, dys, x, dtype=dtype)
+    w = np.zeros((len(FEW), outer, inner))
+    expected = [product_by_hand(*wide(x, w, dy), FEW)[2] for dy in dys]
+    check(found, expected, tolerance=3e-3 if dtype == jnp.bfloat16 else 1e-5)
+
+
+@pytest.mark.usefixtures("on_eight_multiprocessors")
+def test_results_that_are_written_over_too_early_are_a_race(monkeypatch):
+    """What the tests above rest on: of a planted mistake they say so."""
+    wait = plgpu.wait_smem_to_gmem
+    monkeypatch.setattr(
+        plgpu, "wait_smem_to_gmem", lambda n, **options: n or wait(n, **options)
+    )
+    x, w, _ = few_operands(192, matrices=[(384, 192)])
+    options = {"turned": True, "tiles": WAYS["rows of tiles"]}
+    with pytest.raises(AssertionError, match="a race"):
+        by_interpreter(multiply_rows, [x], [w], **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
