@@ -9,7 +9,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 SMS = 132  # multiprocessors of an H100 or H200
-_HAS_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # until JAX 0.11
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_NEEDS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty  # 0.10
 
 
 def is_hopper() -> bool:
@@ -23,7 +24,7 @@ def is_hopper() -> bool:
 
 def load(ref, *, layout, optimized: bool = True) -> Array:
     """All of a reference, in registers that are laid out so."""
-    index = ((),) if _HAS_INDEX else ()
+    index = ((),) if _NEEDS_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
