@@ -5,8 +5,9 @@ What the interpreter lacks is added here: matrix products whose left operand lie
 registers, sums that start from an array, barriers whose last phase nobody waits for; views
 of shared memory, of one shape, through which the same bytes lie at the same places; copies
 for both blocks of a cluster, which here copy all of it themselves. And what was read of
-shared memory before a barrier may be overwritten by a copy after it, as JAX's own kernels
-have it, without a fence.
+shared memory before a barrier, or by the warpgroup that copies (which waits for all its
+threads), may be overwritten by a copy after it, as JAX's own kernels have it, without a
+fence.
 
 Not looked after: products are done at once, so that nobody can be too early for them.
 """
@@ -33,6 +34,7 @@ if jax.__version_info__ >= (0, 11):
 
     _wgmma_of_refs, _plain_arrive = gpu_callbacks.wgmma, shared_memory.Barrier.arrive
     _plain_resolve = jaxpr_interpret.resolve_ref
+    _plain_pre_read = gpu_callbacks.AsyncCopyGmemToSmemTask.pre_read
 
 _plain_copy, _plain_copy_rows = plgpu.copy_gmem_to_smem, mosaic.copy_rows
 NOWHERE = 2**20  # a row past the end of any array
@@ -73,6 +75,7 @@ def interpreted() -> Iterator[None]:
         mock.patch.object(gpu_callbacks, "GPURaceDetectionState", Races),
         mock.patch.object(jaxpr_interpret, "resolve_ref", _resolve_ref),
         mock.patch.object(plgpu, "copy_gmem_to_smem", _copy),
+        mock.patch.object(gpu_callbacks.AsyncCopyGmemToSmemTask, "pre_read", _pre_read),
         mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate),
         mock.patch.object(shared_memory.Barrier, "arrive", _arrive),
         plgpu.force_gpu_interpret_mode(params),
@@ -138,6 +141,12 @@ def _resolve_ref(aval, keys, transforms):
 
 def _copy(*operands, collective_axes=None, **options) -> None:
     _plain_copy(*operands, **options)
+
+
+def _pre_read(copy, *options) -> None:
+    if copy.clock is not None:
+        copy.clock.commit_smem()
+    _plain_pre_read(copy, *options)
 
 
 def copy_rows(tile, y, start, count) -> None:

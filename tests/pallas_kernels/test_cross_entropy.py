@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cross_entropy import cross_entropy
+from pallas_kernels.cross_entropy import cross_entropy, pallas_gpu
 from tests.pallas_kernels.h200 import compile_for_h200
+from tests.pallas_kernels.interpret_gpu import interpreted
 
 SHAPES = [(1000, 32000), (300, 129280), (3, 256), (700, 1024)]  # rows, vocabulary
 
@@ -76,7 +77,7 @@ def test_gradient_is_that_of_the_losses():
 
 COMPILE = """
 import functools
-from pallas_kernels.cross_entropy import cross_entropy
+from pallas_kernels.cross_entropy import cross_entropy, pallas_gpu
 
 R, V = {sizes}
 for logits in (jnp.float32, jnp.float16):
@@ -101,6 +102,19 @@ def test_compiles_for_an_h200_without_spills(sizes):
     report = compile_for_h200(COMPILE.format(sizes=sizes))
     assert report.printed.count("kernels: 1\n") == 2
     assert len(report.spills) == 2
+
+
+@pytest.mark.parametrize(("R", "V"), [(5, 512), (3, 29 * 256)])
+def test_interpreted(monkeypatch, R, V):
+    """Barriers and copies in any order, without a GPU: a row of one chunk, and of more
+    than there are slots.
+    """
+    monkeypatch.setattr(pallas_gpu, "BLOCKS", 2)
+    given = operands(R, V, jnp.float16)
+    with interpreted():
+        found = pallas_gpu.cross_entropy(*given, dtype=jnp.float32)
+        jax.block_until_ready(found)
+    check(found, by_hand(*given), 1e-5)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.spread_rows import spread_rows
+from pallas_kernels.spread_rows import pallas_gpu, spread_rows
 from tests.pallas_kernels.h200 import compile_for_h200
+from tests.pallas_kernels.interpret_gpu import interpreted
 
 bf16, f32 = jnp.bfloat16, jnp.float32
 SHAPES = [  # N, R, M, D: many steps a block, few, none for most; several lines and halves
@@ -53,6 +54,16 @@ def test_equals_numpy(dtype, implementation):
     found = spread_rows(x, places, row, implementation=implementation)
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [bf16, f32])
+def test_interpreted(monkeypatch, dtype):
+    """Barriers and copies in any order, without a GPU; blocks have more steps than slots."""
+    monkeypatch.setattr(pallas_gpu, "SMS", 1)
+    x, places, row = operands(150, 2, 330, 128, dtype)
+    with interpreted():
+        found = jax.block_until_ready(pallas_gpu.spread_rows(x, places, row))
+    np.testing.assert_array_equal(found, by_hand(x, places, row))
 
 
 COMPILE = """
