@@ -489,7 +489,6 @@ WAYS = {
     "pairs": Tiles(128, 256, pair=True),
     "items": Tiles(128, 256, pair=True, items=True),
 }
-each_way = pytest.mark.parametrize("tiles", WAYS.values(), ids=WAYS)
 
 
 def few_operands(*widths, matrices=()):
@@ -508,7 +507,7 @@ def by_interpreter(kernel, *operands, **options):
         return jax.block_until_ready(kernel(*operands, jnp.asarray(FEW), **options))
 
 
-@each_way
+@pytest.mark.parametrize("tiles", WAYS.values(), ids=WAYS)
 @pytest.mark.usefixtures("on_eight_multiprocessors")
 def test_products_interpreted(tiles):
     """Also the sum of two by rows, as where SwiGLU's gradients come together."""
