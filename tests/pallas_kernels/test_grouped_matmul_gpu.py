@@ -442,13 +442,23 @@ def swiglu_by_hand(x, gate, up, dh, scale, sizes):
     """h, dx, dgate, dup and dscale, in float32."""
     gated, *_ = product_by_hand(x, gate, dh, sizes)
     lifted, *_ = product_by_hand(x, up, dh, sizes)
+    h, dgated, dlifted, dscale = swiglu_of_products_by_hand(gated, lifted, dh, scale)
+    _, from_gate, dgate = product_by_hand(x, gate, dgated, sizes)
+    _, from_up, dup = product_by_hand(x, up, dlifted, sizes)
+    return h, from_gate + from_up, dgate, dup, dscale
+
+
+def swiglu_of_products_by_hand(gated, lifted, dh, scale):
+    """h, dgated, dlifted and dscale, in float32."""
     sigmoid, each = 1 / (1 + np.exp(-gated)), scale[:, None]
     silu = gated * sigmoid
     slope = sigmoid * (1 + gated * (1 - sigmoid))
-    _, from_gate, dgate = product_by_hand(x, gate, dh * lifted * each * slope, sizes)
-    _, from_up, dup = product_by_hand(x, up, dh * silu * each, sizes)
-    dscale = (dh * silu * lifted).sum(1)
-    return silu * lifted * each, from_gate + from_up, dgate, dup, dscale
+    gradients = (
+        dh * lifted * each * slope,
+        dh * silu * each,
+        (dh * silu * lifted).sum(1),
+    )
+    return silu * lifted * each, *gradients
 
 
 def check(found, expected, tolerance=3e-3):
@@ -546,10 +556,7 @@ def test_gradient_of_swiglu_interpreted(way):
     found = by_interpreter(run, tiles=WAYS[way])
     dy, gated, lifted, w, scale = wide(dy, gated, lifted, w, scale)
     _, dh, _ = product_by_hand(np.zeros_like(gated), w, dy, FEW)
-    sigmoid = 1 / (1 + np.exp(-gated))
-    slope, each = sigmoid * (1 + gated * (1 - sigmoid)), scale[:, None]
-    silu = gated * sigmoid
-    expected = dh * lifted * each * slope, dh * silu * each, (dh * silu * lifted).sum(1)
+    _, *expected = swiglu_of_products_by_hand(gated, lifted, dh, scale)
     check(found, expected)
 
 
